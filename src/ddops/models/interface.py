@@ -1,0 +1,116 @@
+"""What the rest of ddops asks of a model. Nothing downstream branches on the family.
+
+Shape suffixes, here and everywhere: B batch, L positions, l positions of one level, V codebook size,
+C embedding width, D transformer width, S levels; images are (B, I, H, W) with I colour channels, in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ddops.config.models import SamplingConfig
+from ddops.models.layout import LevelLayout
+
+
+class TokenizerOutput(NamedTuple):
+    """What a tokenizer's training step needs."""
+
+    reconstruction_BIHW: Tensor
+    codebook_loss: Tensor
+    """Scalar: codebook term + commitment term, ready to be added to the reconstruction loss."""
+    ids_BL: Tensor
+
+
+class Tokenizer(nn.Module, ABC):
+    """Images to token ids and embeddings back to images."""
+
+    layout: LevelLayout
+
+    @property
+    @abstractmethod
+    def codebook_VC(self) -> Tensor:
+        """The codes as every consumer sees them (LlamaGen's are of unit norm)."""
+
+    @abstractmethod
+    def encode(self, images_BIHW: Tensor) -> Tensor:
+        """Token ids, int64 of shape (B, L)."""
+
+    @abstractmethod
+    def decode(self, q_BLC: Tensor) -> Tensor:
+        """Images (B, I, H, W), nominally in [-1, 1] and not clamped, from embeddings that need not lie on the codebook."""
+
+    @abstractmethod
+    def forward(self, images_BIHW: Tensor) -> TokenizerOutput:
+        """Reconstruction with straight-through gradients, for training."""
+
+
+class TeacherSession(ABC):
+    """One KV-cached sampling run: ask for the next level's distribution, append what was drawn, repeat."""
+
+    @abstractmethod
+    def next_log_probs(self) -> Tensor:
+        """Log-probabilities (B, l, V) of the next level, guidance, temperature, top-k and top-p applied
+        (``-inf`` for dropped codes), normalised over V."""
+
+    @abstractmethod
+    def append(self, ids_Bl: Tensor) -> None:
+        """Fix the tokens of the level last asked for."""
+
+
+class Teacher(nn.Module, ABC):
+    """An autoregressive image model over ``layout`` and its tokenizer."""
+
+    layout: LevelLayout
+    num_classes: int
+    tokenizer: Tokenizer
+
+    @property
+    def codebook_VC(self) -> Tensor:
+        return self.tokenizer.codebook_VC
+
+    @abstractmethod
+    def guidance_scale(self, guidance: float, level: int) -> float:
+        """w in ``uncond + w * (cond - uncond)`` at a level, from the setting in the family's own convention."""
+
+    @abstractmethod
+    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+        """Teacher-forced logits (B, L, V): row i is the distribution of token i given all earlier levels.
+        The label ``num_classes`` is the unconditional one. No guidance, no filter; differentiable."""
+
+    @abstractmethod
+    def open(self, labels_B: Tensor, sampling: SamplingConfig) -> TeacherSession:
+        """Start a KV-cached sampling run."""
+
+    def decode(self, q_BLC: Tensor) -> Tensor:
+        """See :meth:`Tokenizer.decode`."""
+        return self.tokenizer.decode(q_BLC)
+
+
+class StudentOutput(NamedTuple):
+    """The two heads of a DD1 student."""
+
+    logits_BLV: Tensor
+    embeddings_BLC: Tensor
+
+
+class Student(nn.Module, ABC):
+    """DD1 student: one pass from a partly noisy sequence to all of its tokens (arXiv 2412.17153)."""
+
+    layout: LevelLayout
+    num_classes: int
+
+    @abstractmethod
+    def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
+        """Both heads at every position.
+
+        ``x_BLC`` holds each position's own value (an embedding where given, standard normal noise elsewhere);
+        ``start_B`` (int64) counts the leading levels that are given, 0..S. Position i sees the condition,
+        every position of strictly earlier levels and itself.
+        """
+
+    @abstractmethod
+    def init_from_teacher(self, teacher: Teacher) -> None:
+        """Copy every weight that the teacher and the student share; the rest keep their initialisation."""

@@ -1,0 +1,52 @@
+"""How a sequence of L tokens is cut into S levels, sampled one level after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LevelLayout:
+    """Level sizes of a sequence: ``(1,) * 256`` for LlamaGen, ``(1, 4, 9, ...)`` for VAR.
+
+    All tokens of a level are sampled in parallel given every earlier level.
+    A *start* counts the levels that are given: ``start = 0`` gives nothing, ``start = S`` everything.
+    """
+
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"a layout needs levels of at least one token, got {self.sizes}")
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def length(self) -> int:
+        """L, the number of tokens."""
+        return sum(self.sizes)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First position of each level, then L: S + 1 numbers. ``offsets[start]`` positions are given at ``start``."""
+        return (0, *accumulate(self.sizes))
+
+    def positions(self, level: int) -> slice:
+        """The positions of one level."""
+        return slice(self.offsets[level], self.offsets[level + 1])
+
+    def level_of_position(self, device: torch.device | str = "cpu") -> Tensor:
+        """Level of each position, int64 of shape (L,)."""
+        sizes = torch.tensor(self.sizes, device=device)
+        return torch.repeat_interleave(torch.arange(self.num_levels, device=device), sizes)
+
+    def given_mask(self, start_B: Tensor) -> Tensor:
+        """True where a position belongs to one of the first ``start`` levels: bool of shape (B, L)."""
+        return self.level_of_position(start_B.device)[None, :] < start_B[:, None]
