@@ -11,7 +11,7 @@ from ddops.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, conf
 
 @config
 class AutoencoderConfig:
-    """The convolutional encoder and decoder of a tokenizer (GroupNorm of 32 groups, so channels are multiples of 32)."""
+    """The convolutional encoder and decoder of a tokenizer (GroupNorm has 32 groups)."""
 
     channels: PositiveInt
     channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]

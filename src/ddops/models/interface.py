@@ -40,7 +40,7 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, q_BLC: Tensor) -> Tensor:
-        """Images (B, I, H, W), nominally in [-1, 1] and not clamped, from embeddings that need not lie on the codebook."""
+        """Images (B, I, H, W), nominally in [-1, 1] but not clamped; the embeddings need not lie on the codebook."""
 
     @abstractmethod
     def forward(self, images_BIHW: Tensor) -> TokenizerOutput:

@@ -1,0 +1,264 @@
+"""LlamaGen (arXiv 2406.06525), class conditional: a Llama-style transformer over image tokens in raster order.
+
+The sequence is one class token followed by the image tokens. Layout of the weights, the zero rotation of the
+class token and the guidance convention follow the released code, so that published checkpoints load.
+
+Shape suffixes beyond :mod:`ddops.models.interface`: T class token and image tokens, h attention heads, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddops.config.models import LlamaGenConfig, SamplingConfig
+from ddops.models.interface import Teacher, TeacherSession
+from ddops.models.layout import LevelLayout
+from ddops.models.llamagen_tokenizer import LlamaGenTokenizer
+from ddops.models.sampling_filters import guided_log_probs
+
+INIT_STD = 0.02
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal(0, 0.02) linear and embedding weights, zero biases; for ``nn.Module.apply``."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def rotary_angles(grid: int, head_width: int, base: float) -> Tensor:
+    """Angles (L, K/2) of the 2D rotary embedding: the first half of a head's channel pairs turns with the row of a
+    token, the second half with its column."""
+    quarter = head_width // 4
+    frequencies = base ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
+    index = torch.arange(grid * grid)
+    rows, columns = index // grid, index % grid
+    return torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1)
+
+
+def rotary_tables(config: LlamaGenConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine (T, 1, 1, K) to be used by :func:`rotate`.
+
+    Both are zero, not (1, 0), for the class token: its query and key vanish, so that every position scores 0
+    against it and reads only its value. The released weights were trained this way.
+    """
+    angles_LK = rotary_angles(config.grid, config.width // config.heads, config.rope_base).repeat_interleave(2, dim=1)
+    sign_K = torch.tensor([-1.0, 1.0]).repeat(angles_LK.shape[1] // 2)
+    tables = angles_LK.cos(), angles_LK.sin() * sign_K
+    cos_TK, sin_TK = (F.pad(table_LK, (0, 0, 1, 0)) for table_LK in tables)
+    return cos_TK[:, None, None], sin_TK[:, None, None]
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Turn the adjacent channel pairs of ``x`` (..., K): ``(a, b) -> (a cos - b sin, a sin + b cos)``."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, signed_sin)
+
+
+class LayerCache:
+    """Keys and values of one layer, allocated once for all positions."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
+        self._kv_2BhTK = like.new_empty(2, batch, heads, length, head_width)
+
+    def extend(self, start: int, k_BhTK: Tensor, v_BhTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write at positions ``start...`` and return all keys and values up to there."""
+        stop = start + k_BhTK.shape[2]
+        self._kv_2BhTK[0, :, :, start:stop] = k_BhTK
+        self._kv_2BhTK[1, :, :, start:stop] = v_BhTK
+        keys_BhTK, values_BhTK = self._kv_2BhTK[:, :, :, :stop]
+        return keys_BhTK, values_BhTK
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; no biases."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], start: int, cache: LayerCache | None) -> Tensor:
+        """Attend from positions ``start...`` to themselves and, through the cache, to everything before them."""
+        qkv_BT3hK = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
+        qk_BT2hK, v_BT1hK = qkv_BT3hK.split((2, 1), dim=2)
+        q_BhTK, k_BhTK = rotate(qk_BT2hK, *rotary).permute(2, 0, 3, 1, 4)
+        v_BhTK = v_BT1hK.squeeze(2).transpose(1, 2)
+        if cache is not None:
+            k_BhTK, v_BhTK = cache.extend(start, k_BhTK, v_BhTK)
+        out_BhTK = F.scaled_dot_product_attention(
+            q_BhTK,
+            k_BhTK,
+            v_BhTK,
+            attn_mask=_offset_causal_mask(x_BTD, start),
+            is_causal=start == 0,
+        )
+        return self.proj(out_BhTK.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def _offset_causal_mask(x_BTD: Tensor, start: int) -> Tensor | None:
+    """Mask of several positions that follow a cached prefix; one position alone sees everything and needs none."""
+    length = x_BTD.shape[1]
+    if start == 0 or length == 1:
+        return None
+    return torch.ones(length, start + length, dtype=torch.bool, device=x_BTD.device).tril(start)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config.width, config.heads)
+        self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.ffn = FeedForward(config.width, config.ffn_hidden)
+
+    def forward(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor], start: int, cache: LayerCache | None) -> Tensor:
+        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotary, start, cache)
+        return h_BTD + self.ffn(self.ffn_norm(h_BTD))  # type: ignore[no-any-return]
+
+
+class CausalTrunk(nn.Module):
+    """The blocks that teacher and student share: class token and image positions in, hidden states out."""
+
+    cos: Tensor
+    signed_sin: Tensor
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        cos, signed_sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("signed_sin", signed_sin, persistent=False)
+
+    def forward(self, h_BTD: Tensor, start: int = 0, caches: list[LayerCache] | None = None) -> Tensor:
+        """Hidden states (B, T, D), before the final norm, of the sequence positions ``start...``.
+
+        ``caches`` (one a block) hold the positions before ``start`` and take in the new ones.
+        """
+        stop = start + h_BTD.shape[1]
+        rotary = self.cos[start:stop], self.signed_sin[start:stop]
+        for index, block in enumerate(self.blocks):
+            h_BTD = block(h_BTD, rotary, start, caches[index] if caches else None)
+        return h_BTD
+
+
+class LlamaGenTransformer(nn.Module):
+    """Class label and token ids to next-token logits."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row is unconditional
+        self.token_embedding = nn.Embedding(config.codebook_size, config.width)
+        self.trunk = CausalTrunk(config)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.apply(init_weights)
+
+    def forward(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+        """Teacher-forced logits (B, L, V); row i predicts token i from the class and tokens 0..i-1."""
+        class_B1D = self.class_embedding(labels_B)[:, None]
+        h_BLD = torch.cat([class_B1D, self.token_embedding(ids_BL[:, :-1])], dim=1)
+        return self.predict(self.trunk(h_BLD))
+
+    def predict(self, h_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V), float32, from hidden states."""
+        logits_BTV: Tensor = self.head(self.norm(h_BTD))
+        return logits_BTV.float()
+
+
+class LlamaGenTeacher(Teacher):
+    """LlamaGen as a distillation teacher: transformer and tokenizer."""
+
+    tokenizer: LlamaGenTokenizer
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = LevelLayout(config.level_sizes)
+        self.num_classes = config.num_classes
+        self.transformer = LlamaGenTransformer(config)
+        self.tokenizer = LlamaGenTokenizer(config)
+
+    def guidance_scale(self, guidance: float, level: int) -> float:
+        """The same scale at every level; at 1 or below LlamaGen runs without guidance (released code)."""
+        return max(guidance, 1.0)
+
+    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+        """See :meth:`Teacher.logits`: one causal pass."""
+        return self.transformer(labels_B, ids_BL)  # type: ignore[no-any-return]
+
+    def open(self, labels_B: Tensor, sampling: SamplingConfig) -> LlamaGenSession:
+        """Start a KV-cached sampling run; guidance above 1 doubles the batch."""
+        return LlamaGenSession(self, labels_B, sampling)
+
+
+class LlamaGenSession(TeacherSession):
+    """KV-cached sampling. Tokens appended without asking for their distribution are prefilled in one pass."""
+
+    @torch.no_grad()
+    def __init__(self, teacher: LlamaGenTeacher, labels_B: Tensor, sampling: SamplingConfig) -> None:
+        config = teacher.config
+        self._transformer = teacher.transformer
+        self._sampling = sampling
+        self._length = teacher.layout.length
+        self._scale = teacher.guidance_scale(sampling.guidance, 0)
+        self._guided = self._scale > 1
+        if self._guided:
+            labels_B = torch.cat([labels_B, torch.full_like(labels_B, config.num_classes)])
+        class_B1D = self._transformer.class_embedding(labels_B)[:, None]
+        self._caches = [
+            LayerCache(len(labels_B), config.heads, self._length, config.width // config.heads, class_B1D)
+            for _ in range(config.depth)
+        ]
+        self._cached = 0
+        self._pending_BTD = [class_B1D]
+        self._log_probs_B1V: Tensor | None = None
+
+    @torch.no_grad()
+    def next_log_probs(self) -> Tensor:
+        """See :meth:`TeacherSession.next_log_probs`; raises ``RuntimeError`` once all L tokens are fixed."""
+        if self._log_probs_B1V is None:
+            self._log_probs_B1V = self._advance()
+        return self._log_probs_B1V
+
+    @torch.no_grad()
+    def append(self, ids_Bl: Tensor) -> None:
+        """See :meth:`TeacherSession.append`; raises ``RuntimeError`` once all L tokens are fixed."""
+        self._check_room()
+        embedding_B1D = self._transformer.token_embedding(ids_Bl)
+        self._pending_BTD.append(embedding_B1D.repeat(2, 1, 1) if self._guided else embedding_B1D)
+        self._log_probs_B1V = None
+
+    def _advance(self) -> Tensor:
+        """Run the positions not yet cached and return the distribution that the last of them predicts."""
+        self._check_room()
+        h_BTD = torch.cat(self._pending_BTD, dim=1)
+        h_BTD = self._transformer.trunk(h_BTD, self._cached, self._caches)
+        self._cached += h_BTD.shape[1]
+        self._pending_BTD = []
+        logits_B1V = self._transformer.predict(h_BTD[:, -1:])
+        cond_B1V, uncond_B1V = logits_B1V.chunk(2) if self._guided else (logits_B1V, None)
+        return guided_log_probs(cond_B1V, uncond_B1V, self._scale, self._sampling)
+
+    def _check_room(self) -> None:
+        if self._cached + len(self._pending_BTD) > self._length:
+            raise RuntimeError(f"all {self._length} tokens of this session are fixed already")

@@ -1,0 +1,86 @@
+"""DD1 student of LlamaGen (arXiv 2412.17153): one causal pass from a partly noisy sequence to all tokens.
+
+The teacher's transformer with a linear input layer instead of the token table, a noise/data embedding added once at
+the input, and a second head that regresses embeddings. Position i holds its own value; nothing is shifted.
+Structure as in the released code, so that published checkpoints load.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddops.config.models import LlamaGenConfig
+from ddops.models.interface import Student, StudentOutput, Teacher
+from ddops.models.layout import LevelLayout
+from ddops.models.llamagen import INIT_STD, CausalTrunk, LlamaGenTeacher, init_weights
+
+NOISE, DATA = 0, 1
+"""Rows of the noise/data embedding."""
+
+
+class EmbeddingHead(nn.Module):
+    """Regressed embeddings (B, L, C) from hidden states, modulated by the class embedding."""
+
+    def __init__(self, width: int, code_dim: int) -> None:
+        super().__init__()
+        self.shift_scale_2D = nn.Parameter(torch.randn(2, width) * INIT_STD)
+        self.proj = nn.Linear(width, code_dim)
+
+    def forward(self, h_BLD: Tensor, class_B1D: Tensor) -> Tensor:
+        shift_B1D, scale_B1D = (self.shift_scale_2D + class_B1D).chunk(2, dim=1)
+        normed_BLD = F.layer_norm(h_BLD, h_BLD.shape[-1:], eps=1e-6)
+        return self.proj(normed_BLD * (1 + scale_B1D) + shift_B1D)  # type: ignore[no-any-return]
+
+
+class LlamaGenStudent(Student):
+    """See :class:`Student`. Every token is a level, so ``start_B`` counts tokens."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = LevelLayout(config.level_sizes)
+        self.num_classes = config.num_classes
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.input_proj = nn.Linear(config.code_dim, config.width)
+        self.noise_data_embedding = nn.Embedding(2, config.width)
+        self.trunk = CausalTrunk(config)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.embedding_head = EmbeddingHead(config.width, config.code_dim)
+        self.apply(init_weights)
+
+    def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
+        """See :meth:`Student.forward`."""
+        class_B1D = self.class_embedding(labels_B)[:, None]
+        h_BTD = torch.cat([class_B1D, self.input_proj(x_BLC)], dim=1)
+        # The class token, position 0 of T, is always data; image token j sits at position j + 1.
+        is_data_BT = torch.arange(h_BTD.shape[1], device=x_BLC.device) <= start_B[:, None]
+        h_BTD = self.trunk(h_BTD + self.noise_data_embedding(torch.where(is_data_BT, DATA, NOISE)))
+        h_BLD = h_BTD[:, 1:]
+        return StudentOutput(self.head(self.norm(h_BLD)), self.embedding_head(h_BLD, class_B1D))
+
+    @torch.no_grad()
+    def init_from_teacher(self, teacher: Teacher) -> None:
+        """See :meth:`Student.init_from_teacher`. The input layer is fitted to the teacher's token table.
+
+        Raises TypeError unless the teacher is a :class:`LlamaGenTeacher`, ValueError unless its configuration is ours.
+        """
+        if not isinstance(teacher, LlamaGenTeacher):
+            raise TypeError(f"a LlamaGenStudent starts from a LlamaGenTeacher, not from a {type(teacher).__name__}")
+        if teacher.config != self.config:
+            raise ValueError(f"the student's configuration {self.config} is not the teacher's {teacher.config}")
+        for name in ("class_embedding", "trunk", "norm", "head"):
+            source = getattr(teacher.transformer, name)
+            getattr(self, name).load_state_dict(source.state_dict())
+        fit_linear(self.input_proj, teacher.codebook_VC, teacher.transformer.token_embedding.weight)
+
+
+def fit_linear(linear: nn.Linear, inputs_VC: Tensor, targets_VD: Tensor) -> None:
+    """Set a linear layer to the least-squares map from ``inputs_VC`` to ``targets_VD`` (in float64, on the CPU)."""
+    inputs_VC = inputs_VC.detach().double().cpu()
+    design = torch.cat([inputs_VC, torch.ones(len(inputs_VC), 1, dtype=torch.float64)], dim=1)
+    solution = torch.linalg.lstsq(design, targets_VD.detach().double().cpu(), driver="gelsd").solution
+    linear.weight.data.copy_(solution[:-1].T)
+    linear.bias.data.copy_(solution[-1])

@@ -1,0 +1,77 @@
+"""Sampling a DD1 student in one or a few steps (arXiv 2412.17153; released code).
+
+A step fills in every level from its start position on, all at once; the next step keeps the levels before its own
+start position and returns the others to *the same* noise. With a fixed noise and label the result is deterministic.
+
+The number of steps and their starts are Python values and nothing branches on a tensor, so that a whole sampling run
+can be exported as one graph. Shape suffixes: see :mod:`ddops.models.interface`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddops.models.interface import Student, StudentOutput
+from ddops.models.layout import LevelLayout
+
+
+def renoise(x_BLC: Tensor, noise_BLC: Tensor, start_B: Tensor, layout: LevelLayout) -> Tensor:
+    """The first ``start`` levels of ``x_BLC``, the rest from ``noise_BLC``: (B, L, C)."""
+    return torch.where(layout.given_mask(start_B)[..., None], x_BLC, noise_BLC)
+
+
+def predict(student: Student, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
+    """The student's heads, with ``x_BLC`` itself for the embeddings of given positions.
+
+    The logits of given positions are the head's and mean nothing: nothing was asked there.
+    """
+    output = student(x_BLC, labels_B, start_B)
+    given_BL1 = student.layout.given_mask(start_B)[..., None]
+    return StudentOutput(output.logits_BLV, torch.where(given_BL1, x_BLC, output.embeddings_BLC))
+
+
+def final_sequence(
+    prediction: StudentOutput, codebook_VC: Tensor, start_B: Tensor, logit_prefix: int, layout: LevelLayout
+) -> Tensor:
+    """The sequence (B, L, C) that a prediction stands for.
+
+    Predicted positions of the first ``logit_prefix`` levels take the code of the largest logit, later ones the
+    regressed embedding. Given positions keep their value, whichever it was, and are not looked up in the codebook.
+    """
+    prefix_L = layout.level_of_position(start_B.device) < logit_prefix
+    from_logits_BL = prefix_L & ~layout.given_mask(start_B)
+    codes_BLC = F.embedding(prediction.logits_BLV.argmax(-1), codebook_VC)
+    return torch.where(from_logits_BL[..., None], codes_BLC, prediction.embeddings_BLC)
+
+
+def sample_student(
+    student: Student,
+    codebook_VC: Tensor,
+    noise_BLC: Tensor,
+    labels_B: Tensor,
+    start_positions: tuple[int, ...],
+    logit_prefix: int,
+) -> Tensor:
+    """Embeddings (B, L, C) for the tokenizer's decoder, in one student pass for each start position.
+
+    ``start_positions`` and ``logit_prefix`` count levels: VAR's scales, LlamaGen's tokens. Raises ValueError unless
+    the start positions begin with 0, increase and stay below S, and ``logit_prefix`` is in 0..S.
+    """
+    _check_schedule(start_positions, logit_prefix, student.layout.num_levels)
+    x_BLC = noise_BLC
+    for start in start_positions:
+        start_B = torch.full_like(labels_B, start)
+        x_BLC = renoise(x_BLC, noise_BLC, start_B, student.layout)
+        prediction = predict(student, x_BLC, labels_B, start_B)
+        x_BLC = final_sequence(prediction, codebook_VC, start_B, logit_prefix, student.layout)
+    return x_BLC
+
+
+def _check_schedule(start_positions: tuple[int, ...], logit_prefix: int, num_levels: int) -> None:
+    increasing = list(start_positions) == sorted(set(start_positions))
+    if not start_positions or start_positions[0] != 0 or not increasing or start_positions[-1] >= num_levels:
+        raise ValueError(f"start_positions must rise from 0 and stay below {num_levels} levels, got {start_positions}")
+    if not 0 <= logit_prefix <= num_levels:
+        raise ValueError(f"logit_prefix must be in 0..{num_levels}, got {logit_prefix}")

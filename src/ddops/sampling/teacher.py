@@ -1,0 +1,81 @@
+"""Sampling a teacher level by level: the ordinary way, through the flow map, and the independent-marginals baseline.
+
+How a token is picked from its distribution is a function ``(level, log_p_BlV) -> ids_Bl``; the loop is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddops.config.models import SamplingConfig
+from ddops.flow.solvers import Solver, flow_map
+from ddops.models.interface import Teacher
+from ddops.models.layout import LevelLayout
+
+Picker = Callable[[int, Tensor], Tensor]
+
+
+@torch.inference_mode()
+def sample_teacher(teacher: Teacher, labels_B: Tensor, sampling: SamplingConfig, pick: Picker) -> Tensor:
+    """Token ids (B, L), int64: every level drawn by ``pick`` given the levels before it."""
+    session = teacher.open(labels_B, sampling)
+    levels: list[Tensor] = []
+    for level in range(teacher.layout.num_levels):
+        ids_Bl = pick(level, session.next_log_probs())
+        session.append(ids_Bl)
+        levels.append(ids_Bl)
+    return torch.cat(levels, dim=1)
+
+
+def categorical_picker(layout: LevelLayout, uniforms_BL: Tensor) -> Picker:
+    """Ordinary sampling: each token by inversion of its distribution function at its own number in (0, 1)."""
+
+    def pick(level: int, log_p_BlV: Tensor) -> Tensor:
+        return invert_cdf(log_p_BlV.exp(), uniforms_BL[:, layout.positions(level)])
+
+    return pick
+
+
+def flow_picker(
+    layout: LevelLayout, codebook_VC: Tensor, noise_BLC: Tensor, *, solver: Solver, evaluations: int
+) -> Picker:
+    """DD1's deterministic map (section 3.2): each token is where the flow takes the noise at its position."""
+
+    def pick(level: int, log_p_BlV: Tensor) -> Tensor:
+        noise_BlC = noise_BLC[:, layout.positions(level)]
+        ids_N = flow_map(
+            noise_BlC.flatten(0, 1), log_p_BlV.flatten(0, 1), codebook_VC, evaluations=evaluations, solver=solver
+        )
+        return ids_N.view(noise_BlC.shape[:2])
+
+    return pick
+
+
+def invert_cdf(p_BlV: Tensor, uniforms_Bl: Tensor) -> Tensor:
+    """Categorical draws (B, l), int64, by inversion in float64. A code of probability zero is never drawn."""
+    cdf_BlV = p_BlV.double().cumsum(-1)
+    thresholds_Bl1 = uniforms_Bl.double()[..., None] * cdf_BlV[..., -1:]
+    return torch.searchsorted(cdf_BlV, thresholds_Bl1, right=True)[..., 0].clamp_max(p_BlV.shape[-1] - 1)
+
+
+def token_marginals(ids_NL: Tensor, labels_N: Tensor, num_classes: int, codebook_size: int) -> Tensor:
+    """Frequency of every code at every position for each class, float64 (classes, L, V).
+
+    Raises:
+        ValueError: a class has no sample.
+    """
+    counts_KLV = torch.zeros(num_classes, ids_NL.shape[1], codebook_size, dtype=torch.float64)
+    for label in range(num_classes):
+        ids_ML = ids_NL[labels_N == label]
+        if not len(ids_ML):
+            raise ValueError(f"no trajectory has class {label}: its marginals are unknown")
+        counts_KLV[label].scatter_add_(1, ids_ML.T, torch.ones_like(ids_ML.T, dtype=torch.float64))
+    return counts_KLV / counts_KLV.sum(-1, keepdim=True)
+
+
+def sample_marginals(marginals_KLV: Tensor, labels_B: Tensor, uniforms_BL: Tensor) -> Tensor:
+    """DD1's baseline ``onestep*``: every token drawn on its own from its marginal, ids (B, L)."""
+    return invert_cdf(marginals_KLV[labels_B], uniforms_BL)

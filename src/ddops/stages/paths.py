@@ -1,0 +1,26 @@
+"""Where the pipeline's files are, relative to the workspace. ``dvc.yaml`` says the same; a test compares them."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+
+CLASSIFIER = Path("artifacts/features/classifier.safetensors")
+TOKENIZER = Path("artifacts/teacher/tokenizer.safetensors")
+TRANSFORMER = Path("artifacts/teacher/transformer.safetensors")
+TRAJECTORIES = Path("data/trajectories")
+DD1_STUDENT = Path("artifacts/dd1/student.safetensors")
+SAMPLES = Path("data/samples")
+ONNX_BUNDLE = Path("artifacts/onnx")
+
+REPORTS = Path("reports")
+CURVES = REPORTS / "curves"
+GRIDS = REPORTS / "grids"
+METRICS = REPORTS / "metrics.json"
+ROWS_TABLE = REPORTS / "rows.csv"
+FEATURES_METRICS = REPORTS / "features.json"
+GATE_DECISION = REPORTS / "gate.json"
+EXPORT_METRICS = REPORTS / "export.json"
+REPORT = REPORTS / "index.html"
+
+STATE = Path(".ddops/state")
+"""Checkpoints of running stages. Outside the stages' outputs, because DVC deletes those before a stage runs."""

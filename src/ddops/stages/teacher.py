@@ -1,0 +1,74 @@
+"""Stage ``teacher``: train the tokenizer, then the autoregressive transformer on its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddops.config.stages import TeacherConfig
+from ddops.data import digits
+from ddops.models.interface import Tokenizer
+from ddops.models.registry import build_teacher, build_tokenizer
+from ddops.models.weights import TOKENIZER, TRANSFORMER, save_weights
+from ddops.pretrain.teacher import teacher_objective, tokenizer_objective
+from ddops.stages import paths
+from ddops.stages.common import checkpoint_file, run_stage
+from ddops.training.checkpoint import CheckpointFile
+from ddops.training.loop import seeded, train
+
+
+def teacher(seed: int, teacher: TeacherConfig) -> None:
+    """Train both parts; a killed run goes on from the last checkpoint of the part it was at."""
+    data = digits.load()
+    tokenizer, tokenizer_checkpoint = _trained_tokenizer(seed, teacher, data.images_NIHW)
+    weights, checkpoint = _trained_transformer(seed, teacher, tokenizer, data)
+    save_weights(paths.TOKENIZER, tokenizer.state_dict(), teacher.model, TOKENIZER)
+    save_weights(paths.TRANSFORMER, weights, teacher.model, TRANSFORMER)
+    checkpoint.remove()
+    tokenizer_checkpoint.remove()
+
+
+def _trained_tokenizer(seed: int, config: TeacherConfig, images_NIHW: Tensor) -> tuple[Tokenizer, CheckpointFile]:
+    """The tokenizer. Its finished checkpoint stays, so a run killed later passes through here at once."""
+    checkpoint = checkpoint_file("tokenizer", [seed, config.model, config.tokenizer_training])
+    tokenizer = seeded(seed, lambda: build_tokenizer(config.model))
+    state = train(
+        tokenizer,
+        tokenizer_objective(images_NIHW),
+        config=config.tokenizer_training,
+        seed=seed,
+        dataset_size=len(images_NIHW),
+        checkpoint=checkpoint,
+        curves_dir=paths.CURVES / "tokenizer",
+        description="tokenizer",
+    )
+    tokenizer.load_state_dict(state)
+    return tokenizer.eval().requires_grad_(False), checkpoint
+
+
+def _trained_transformer(seed: int, config: TeacherConfig, tokenizer: Tokenizer, data: digits.LabelledImages) -> None:
+    model = seeded(seed, lambda: build_teacher(config.model))
+    model.tokenizer.load_state_dict(tokenizer.state_dict())
+    model.tokenizer.requires_grad_(False)
+    with torch.inference_mode():
+        ids_NL = tokenizer.encode(data.images_NIHW).clone()
+    checkpoint = checkpoint_file(
+        "transformer",
+        [seed, config.model, config.tokenizer_training, config.training, config.label_dropout, config.dropout],
+    )
+    state = train(
+        model,
+        teacher_objective(ids_NL, data.labels_N, label_dropout=config.label_dropout, token_dropout=config.dropout),
+        config=config.training,
+        seed=seed,
+        dataset_size=len(data),
+        checkpoint=checkpoint,
+        curves_dir=paths.CURVES / "teacher",
+        description="teacher",
+    )
+    prefix = "transformer."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}, checkpoint
+
+
+if __name__ == "__main__":
+    run_stage(teacher)

@@ -1,0 +1,70 @@
+"""Reading trajectories for training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddops.files import sha256_file
+from ddops.sampling.noise import NOISE_VERSION
+from ddops.trajectories.generate import trajectory_noise
+from ddops.trajectories.shards import DatasetError, read_manifest, read_shard
+
+NOISE_CACHE_BYTES = 1 << 28
+"""Noise is kept in memory when all of it fits into this; else it is computed batch by batch."""
+
+
+class TrajectoryBatch(NamedTuple):
+    labels_B: Tensor
+    noise_BLC: Tensor
+    ids_BL: Tensor
+
+
+class TrajectoryDataset:
+    """All labels and token ids in memory; the noise is computed from (seed, index).
+
+    Raises:
+        DatasetError: no manifest, a shard that is missing or altered, or noise of another version.
+    """
+
+    def __init__(self, directory: Path, code_dim: int) -> None:
+        manifest = read_manifest(directory)
+        version = manifest["settings"]["noise_version"]
+        if version != NOISE_VERSION:
+            raise DatasetError(
+                f"{directory}: made with noise {version}, this version computes {NOISE_VERSION}; generate it again"
+            )
+        labels, ids = [], []
+        for shard in manifest["shards"]:
+            path = directory / shard["name"]
+            if not path.is_file() or sha256_file(path) != shard["sha256"]:
+                raise DatasetError(f"{path}: missing or altered since the manifest was written; generate it again")
+            labels_N, ids_NL, _ = read_shard(path)
+            labels.append(labels_N)
+            ids.append(ids_NL)
+        self.seed: int = manifest["settings"]["seed"]
+        self.labels_N = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+        self.ids_NL = torch.from_numpy(np.concatenate(ids).astype(np.int32))
+        self._noise_shape = (self.ids_NL.shape[1], code_dim)
+        self._noise_NLC = self._all_noise()
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def batch(self, indices_B: Tensor) -> TrajectoryBatch:
+        """Labels (B,), noise (B, L, C) and token ids (B, L) of the given samples."""
+        if self._noise_NLC is not None:
+            noise_BLC = self._noise_NLC[indices_B]
+        else:
+            noise_BLC = trajectory_noise(self.seed, indices_B.numpy(), self._noise_shape)
+        return TrajectoryBatch(self.labels_N[indices_B], noise_BLC, self.ids_NL[indices_B].long())
+
+    def _all_noise(self) -> Tensor | None:
+        if 4 * len(self) * self._noise_shape[0] * self._noise_shape[1] > NOISE_CACHE_BYTES:
+            return None
+        chunks = torch.arange(len(self)).split(4096)
+        return torch.cat([trajectory_noise(self.seed, chunk.numpy(), self._noise_shape) for chunk in chunks])
