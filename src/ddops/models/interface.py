@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ddops.config.models import SamplingConfig
@@ -45,6 +46,10 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, images_BIHW: Tensor) -> TokenizerOutput:
         """Reconstruction with straight-through gradients, for training."""
+
+    @abstractmethod
+    def reseed_unused_codes(self, images_BIHW: Tensor, generator: torch.Generator | None = None) -> int:
+        """Move the codes that no image of the batch uses to encoder outputs drawn at random; how many moved."""
 
 
 class TeacherSession(ABC):

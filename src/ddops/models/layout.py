@@ -44,8 +44,8 @@ class LevelLayout:
 
     def level_of_position(self, device: torch.device | str = "cpu") -> Tensor:
         """Level of each position, int64 of shape (L,)."""
-        sizes = torch.tensor(self.sizes, device=device)
-        return torch.repeat_interleave(torch.arange(self.num_levels, device=device), sizes)
+        # A constant, so that an exported graph holds it as one.
+        return torch.tensor([level for level, size in enumerate(self.sizes) for _ in range(size)], device=device)
 
     def given_mask(self, start_B: Tensor) -> Tensor:
         """True where a position belongs to one of the first ``start`` levels: bool of shape (B, L)."""

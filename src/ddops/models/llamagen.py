@@ -62,7 +62,8 @@ class LayerCache:
     """Keys and values of one layer, allocated once for all positions."""
 
     def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
-        self._kv_2BhTK = like.new_empty(2, batch, heads, length, head_width)
+        # Position first: what one step writes is contiguous.
+        self._kv_2BhTK = like.new_empty(2, length, batch, heads, head_width).permute(0, 2, 3, 1, 4)
 
     def extend(self, start: int, k_BhTK: Tensor, v_BhTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write at positions ``start...`` and return all keys and values up to there."""
@@ -219,6 +220,7 @@ class LlamaGenSession(TeacherSession):
         config = teacher.config
         self._transformer = teacher.transformer
         self._sampling = sampling
+        self._batch = len(labels_B)
         self._length = teacher.layout.length
         self._scale = teacher.guidance_scale(sampling.guidance, 0)
         self._guided = self._scale > 1
@@ -235,15 +237,20 @@ class LlamaGenSession(TeacherSession):
 
     @torch.no_grad()
     def next_log_probs(self) -> Tensor:
-        """See :meth:`TeacherSession.next_log_probs`; raises ``RuntimeError`` once all L tokens are fixed."""
+        """See :meth:`TeacherSession.next_log_probs`; raises RuntimeError once all L tokens are fixed."""
         if self._log_probs_B1V is None:
             self._log_probs_B1V = self._advance()
         return self._log_probs_B1V
 
     @torch.no_grad()
     def append(self, ids_Bl: Tensor) -> None:
-        """See :meth:`TeacherSession.append`; raises ``RuntimeError`` once all L tokens are fixed."""
+        """See :meth:`TeacherSession.append`.
+
+        Raises RuntimeError once all L tokens are fixed, ValueError unless the ids are of shape (B, 1).
+        """
         self._check_room()
+        if ids_Bl.shape != (self._batch, 1):
+            raise ValueError(f"ids are {tuple(ids_Bl.shape)}, the level is {(self._batch, 1)}")
         embedding_B1D = self._transformer.token_embedding(ids_Bl)
         self._pending_BTD.append(embedding_B1D.repeat(2, 1, 1) if self._guided else embedding_B1D)
         self._log_probs_B1V = None

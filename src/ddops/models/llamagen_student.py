@@ -31,7 +31,8 @@ class EmbeddingHead(nn.Module):
     def forward(self, h_BLD: Tensor, class_B1D: Tensor) -> Tensor:
         shift_B1D, scale_B1D = (self.shift_scale_2D + class_B1D).chunk(2, dim=1)
         normed_BLD = F.layer_norm(h_BLD, h_BLD.shape[-1:], eps=1e-6)
-        return self.proj(normed_BLD * (1 + scale_B1D) + shift_B1D)  # type: ignore[no-any-return]
+        embeddings_BLC: Tensor = self.proj(normed_BLD * (1 + scale_B1D) + shift_B1D)
+        return embeddings_BLC.float()
 
 
 class LlamaGenStudent(Student):
@@ -52,14 +53,15 @@ class LlamaGenStudent(Student):
         self.apply(init_weights)
 
     def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
-        """See :meth:`Student.forward`."""
+        """See :meth:`Student.forward`. Both outputs are float32."""
         class_B1D = self.class_embedding(labels_B)[:, None]
         h_BTD = torch.cat([class_B1D, self.input_proj(x_BLC)], dim=1)
         # The class token, position 0 of T, is always data; image token j sits at position j + 1.
         is_data_BT = torch.arange(h_BTD.shape[1], device=x_BLC.device) <= start_B[:, None]
         h_BTD = self.trunk(h_BTD + self.noise_data_embedding(torch.where(is_data_BT, DATA, NOISE)))
         h_BLD = h_BTD[:, 1:]
-        return StudentOutput(self.head(self.norm(h_BLD)), self.embedding_head(h_BLD, class_B1D))
+        logits_BLV: Tensor = self.head(self.norm(h_BLD))
+        return StudentOutput(logits_BLV.float(), self.embedding_head(h_BLD, class_B1D))
 
     @torch.no_grad()
     def init_from_teacher(self, teacher: Teacher) -> None:

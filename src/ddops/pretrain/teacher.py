@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from ddops.models.interface import Teacher, Tokenizer
 from ddops.training.loop import Objective
+
+RESEED_EVERY = 50
+"""Steps between looking for unused codes."""
 
 
 def tokenizer_objective(images_NIHW: Tensor) -> Objective:
@@ -23,6 +26,16 @@ def tokenizer_objective(images_NIHW: Tensor) -> Objective:
         return {"loss": error + output.codebook_loss, "reconstruction_error": error}
 
     return objective
+
+
+def reseed_schedule(images_NIHW: Tensor, steps: int) -> Callable[[nn.Module, int], None]:
+    """Called before each step: codes that no image uses move to where the images are, until the last third."""
+
+    def before_step(model: nn.Module, step: int) -> None:
+        if step % RESEED_EVERY == 0 and step < steps * 2 // 3:
+            cast(Tokenizer, model).reseed_unused_codes(images_NIHW)
+
+    return before_step
 
 
 def teacher_objective(ids_NL: Tensor, labels_N: Tensor, *, label_dropout: float, token_dropout: float) -> Objective:

@@ -10,7 +10,7 @@ from ddops.data import digits
 from ddops.models.interface import Tokenizer
 from ddops.models.registry import build_teacher, build_tokenizer
 from ddops.models.weights import TOKENIZER, TRANSFORMER, save_weights
-from ddops.pretrain.teacher import teacher_objective, tokenizer_objective
+from ddops.pretrain.teacher import reseed_schedule, teacher_objective, tokenizer_objective
 from ddops.stages import paths
 from ddops.stages.common import checkpoint_file, run_stage
 from ddops.training.checkpoint import CheckpointFile
@@ -41,12 +41,15 @@ def _trained_tokenizer(seed: int, config: TeacherConfig, images_NIHW: Tensor) ->
         checkpoint=checkpoint,
         curves_dir=paths.CURVES / "tokenizer",
         description="tokenizer",
+        before_step=reseed_schedule(images_NIHW, config.tokenizer_training.steps),
     )
     tokenizer.load_state_dict(state)
     return tokenizer.eval().requires_grad_(False), checkpoint
 
 
-def _trained_transformer(seed: int, config: TeacherConfig, tokenizer: Tokenizer, data: digits.LabelledImages) -> None:
+def _trained_transformer(
+    seed: int, config: TeacherConfig, tokenizer: Tokenizer, data: digits.LabelledImages
+) -> tuple[dict[str, Tensor], CheckpointFile]:
     model = seeded(seed, lambda: build_teacher(config.model))
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.tokenizer.requires_grad_(False)

@@ -82,12 +82,14 @@ def train(
         bar.update()
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            row = {name: float(value) for name, value in values.items()} | {"gradient_norm": float(gradient_norm)}
+            row = {name: float(value.detach()) for name, value in values.items()} | {
+                "gradient_norm": float(gradient_norm)
+            }
             _check_finite(row, description, done)
             if evaluate is not None and (done % evaluate_every == 0 or done == config.steps):
                 row |= evaluate(ema_model)
             curves.log(done, row)
-            bar.set_postfix({"loss": f"{row['loss']:.4f}"})
+            bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)
         if done % config.checkpoint_every == 0 or done == config.steps:
             checkpoint.save(_snapshot(done, model, ema_model, optimizer, curves))
     bar.close()

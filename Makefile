@@ -1,0 +1,45 @@
+# The two commands: `make reproduce` and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: reproduce test test-fast lint format clean-state help
+
+help:
+	@echo "make reproduce   from real images to an exported one-step generator (about ten minutes on two cores)"
+	@echo "make test        the whole test suite"
+	@echo "make test-fast   without the runs of the whole pipeline"
+	@echo "make lint        ruff and mypy"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ddops needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+reproduce: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+	@echo
+	@echo "report        $(CURDIR)/reports/index.html"
+	@echo "sample grid   $(CURDIR)/reports/grids/dd1_1step.png"
+	@echo "ONNX model    $(CURDIR)/artifacts/onnx/model.onnx"
+
+test: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
+
+test-fast: $(READY)
+	$(BIN)/pytest -m 'not pipeline'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean-state:
+	rm -rf .ddops

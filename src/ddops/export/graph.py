@@ -1,0 +1,31 @@
+"""What is exported: noise and class label in, images out, one student pass a step and one decoder pass."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ddops.models.interface import Student, Teacher
+from ddops.sampling.few_step import sample_student
+
+INPUT_NAMES = ("noise", "class_label")
+OUTPUT_NAME = "images"
+
+
+class OneStepGraph(nn.Module):
+    """Student and image decoder as one module: ``(noise_BLC, class_label_B) -> images_BIHW`` clamped to [-1, 1]."""
+
+    def __init__(self, student: Student, teacher: Teacher, start_positions: tuple[int, ...], logit_prefix: int) -> None:
+        super().__init__()
+        self.student = student
+        self.tokenizer = teacher.tokenizer
+        self.start_positions = start_positions
+        self.logit_prefix = logit_prefix
+        self.register_buffer("codebook_VC", teacher.codebook_VC.detach().clone())
+        self.codebook_VC: Tensor
+
+    def forward(self, noise_BLC: Tensor, class_label_B: Tensor) -> Tensor:
+        """Images (B, I, H, W) in [-1, 1]."""
+        q_BLC = sample_student(
+            self.student, self.codebook_VC, noise_BLC, class_label_B, self.start_positions, self.logit_prefix
+        )
+        return self.tokenizer.decode(q_BLC).clamp(-1, 1)
