@@ -7,44 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from ddops.config.models import AutoencoderConfig, LlamaGenConfig
 from ddops.models.checkpoints_tokenizers import llamagen_tokenizer_state
 from ddops.models.errors import CheckpointError
 from ddops.models.llamagen_tokenizer import LlamaGenTokenizer
 from ddops.models.quantization import to_sequence
+from llamagen_helpers import PUBLISHED, SMALL, TINY
 from var_helpers import TOLERANCE, golden, with_prefix
-
-TINY = LlamaGenConfig(
-    family="llamagen",
-    num_classes=10,
-    image_size=64,
-    image_channels=3,
-    codebook_size=64,
-    code_dim=8,
-    grid=4,
-    latent_channels=32,
-    autoencoder=AutoencoderConfig(channels=32, channel_multipliers=(1, 1, 2, 2, 4), res_blocks=2),
-    depth=2,
-    width=64,
-    heads=4,
-    ffn_hidden=256,
-    rope_base=10000.0,
-    norm_eps=1e-5,
-)
-SMALL = replace(
-    TINY,
-    image_size=8,
-    image_channels=1,
-    autoencoder=AutoencoderConfig(channels=32, channel_multipliers=(1, 2), res_blocks=1),
-)
-PUBLISHED = replace(
-    TINY,
-    image_size=256,
-    codebook_size=16384,
-    grid=16,
-    latent_channels=256,
-    autoencoder=AutoencoderConfig(channels=128, channel_multipliers=(1, 1, 2, 2, 4), res_blocks=2),
-)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +127,7 @@ def test_reseeding_moves_unused_codes_only_and_is_reproducible():
     images_BIHW = torch.randn(64, 1, 8, 8).clamp(-1, 1)
     model = LlamaGenTokenizer(SMALL)
     before = model.codebook.detach().clone()
-    used = torch.bincount(model.encode(images_BIHW).flatten(), minlength=64) > 0
+    used = torch.bincount(model.encode(images_BIHW).flatten(), minlength=SMALL.codebook_size) > 0
     moved = model.reseed_unused_codes(images_BIHW, torch.Generator().manual_seed(3))
     first = model.codebook.detach().clone()
     assert moved == int((~used).sum()) > 0

@@ -18,9 +18,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ddops.config.models import LlamaGenConfig, VARConfig
 from ddops.config.stages import Config
 
 
@@ -39,7 +39,7 @@ def load_config(path: Path | str = "params.yaml") -> Config:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Write it with: ddops compose preset=digits") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
@@ -73,16 +73,14 @@ def compose(params_dir: Path | str, overrides: Sequence[str] = ()) -> dict[str, 
         raise ConfigError(f"{directory}: holds no config.yaml; run from the project's root or pass --params DIR")
     for override in overrides:
         _check_group_choice(directory, override)
-    GlobalHydra.instance().clear()
+    source = " ".join([str(params_dir), *overrides])
     try:
-        with initialize_config_dir(str(directory), version_base=None):
-            composed = hydra_compose("config", overrides=list(overrides))
-        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{params_dir}: {' '.join(overrides) or 'defaults'}: {error}") from error
-    result = typing.cast("dict[str, Any]", values)
-    validate(result, " ".join([str(params_dir), *overrides]))
-    return result
+        values = _hydra_values(directory, overrides)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        _explain_unknown_keys(directory, overrides, source)
+        raise ConfigError(f"{source}: {error}") from error
+    validate(values, source)
+    return values
 
 
 def write_params(values: Mapping[str, Any], path: Path) -> None:
@@ -94,10 +92,36 @@ def write_params(values: Mapping[str, Any], path: Path) -> None:
     temporary.replace(path)
 
 
-def _check_group_choice(directory: Path, override: str) -> None:
-    group, _, choice = override.partition("=")
-    if not (directory / group).is_dir():
+def _hydra_values(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(directory), version_base=None):
+        composed = hydra_compose("config", overrides=list(overrides))
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+
+
+def _explain_unknown_keys(directory: Path, overrides: Sequence[str], source: str) -> None:
+    """Hydra refuses to set a key that is not there yet, and says no more. Set it all the same ("++"), and validation
+    says which keys there are; returns where that has nothing to object to, and Hydra's own words will have to do."""
+    forced = [
+        override if override.startswith("~") or _is_group(directory, override) else f"++{override.lstrip('+')}"
+        for override in overrides
+    ]
+    try:
+        values = _hydra_values(directory, forced)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError):
         return
+    validate(values, source)
+
+
+def _is_group(directory: Path, override: str) -> bool:
+    group = override.partition("=")[0]
+    return bool(group) and (directory / group).is_dir()
+
+
+def _check_group_choice(directory: Path, override: str) -> None:
+    if not _is_group(directory, override):
+        return
+    group, _, choice = override.partition("=")
     known = sorted(file.stem for file in (directory / group).glob("*.yaml"))
     if choice not in known:
         raise ConfigError(f"{directory.name}/{group}: no {group} named {choice!r}; {_suggest(choice, known)}")
@@ -105,29 +129,64 @@ def _check_group_choice(directory: Path, override: str) -> None:
 
 def _explain(detail: ErrorDetails) -> str:
     """One of pydantic's errors as ``section.key: what is wrong; what would be right``."""
-    keys = [str(part) for part in detail["loc"] if part not in ("var", "llamagen")]
-    where = ".".join(keys) or "configuration"
-    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}: unknown key; {_suggest(keys[-1], _fields_at(keys[:-1], detail['loc']))}"
-    if detail["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+    keys, here = _locate(detail["loc"])
+    where = ".".join(keys)
+    kind = detail["type"]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{where}: unknown key; {_suggest(keys[-1], _fields(_locate(detail['loc'][:-1])[1]))}"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where}: missing"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return _explain_tag(where, here, detail["input"])
     message = detail["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        # Our own checks start with the key they are about, relative to the dataclass that holds it.
+        key, _, _ = message.partition(" ")
+        joint = "." if key.split(".")[0].rstrip(":") in _fields(here) else ": "
+        return f"{where}{joint}{message}" if where else message
     shown = repr(detail["input"])
-    if detail["type"] == "value_error" or len(shown) > 80:
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {shown}"
+    return f"{where}: {message}" if len(shown) > 80 else f"{where}: {message}, got {shown}"
 
 
-def _fields_at(path: Sequence[str], loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the keys that exist at a dotted path, following the dataclasses' annotations."""
+def _explain_tag(where: str, union: Any, given: Any) -> str:
+    """What is wrong with the key that chooses between a tagged union's members, such as ``family`` or ``source``."""
+    tag, members = _tagged(union)
+    if tag not in given:
+        return f"{where}.{tag}: missing; valid: {', '.join(sorted(members))}"
+    return f"{where}.{tag}: no {tag} named {given[tag]!r}; {_suggest(str(given[tag]), sorted(members))}"
+
+
+def _locate(loc: Sequence[int | str]) -> tuple[list[str], Any]:
+    """The keys of an error's location, and the annotation of what is there, as far as there is one."""
+    keys: list[str] = []
     here: Any = Config
-    for name in path:
-        if not dataclasses.is_dataclass(here):
-            break
-        here = typing.get_type_hints(here).get(name)
-        if name == "model":
-            here = VARConfig if "var" in loc else LlamaGenConfig
-    return [field.name for field in dataclasses.fields(here)] if dataclasses.is_dataclass(here) else []
+    for part in loc:
+        # Where a tagged union is, pydantic names the tag next, which is no key.
+        if part in (members := _tagged(here)[1]):
+            here = members[str(part)]
+            continue
+        keys.append(str(part))
+        if typing.get_origin(here) is dict:
+            here = typing.get_args(here)[1]
+        elif dataclasses.is_dataclass(here):
+            here = typing.get_type_hints(here, include_extras=True).get(str(part))
+        else:
+            here = None
+    return keys, here
+
+
+def _tagged(annotation: Any) -> tuple[str, dict[str, Any]]:
+    """The key that chooses between a tagged union's members, and each tag's member; none for other annotations."""
+    union, *metadata = typing.get_args(annotation) or (None,)
+    tags = [field.discriminator for field in metadata if isinstance(field, FieldInfo)]
+    if not tags or not isinstance(tags[0], str):
+        return "", {}
+    members = typing.get_args(union)
+    return tags[0], {typing.get_args(typing.get_type_hints(member)[tags[0]])[0]: member for member in members}
+
+
+def _fields(annotation: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(annotation)] if dataclasses.is_dataclass(annotation) else []
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:

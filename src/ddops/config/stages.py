@@ -15,7 +15,7 @@ from ddops.config.base import (
     PositiveInt,
     config,
 )
-from ddops.config.models import ModelConfig, SamplingConfig, VARConfig
+from ddops.config.models import ModelConfig, SamplingConfig
 
 
 @config
@@ -46,7 +46,7 @@ class TrainingConfig:
 
 
 @config
-class FeaturesConfig:
+class DigitsFeaturesConfig:
     """The judge: a small classifier whose penultimate features the protocol's FID is computed in."""
 
     name: Literal["digits_classifier"]
@@ -59,19 +59,58 @@ class FeaturesConfig:
 
 
 @config
-class TeacherConfig:
-    """The teacher: its architecture, how it is obtained and how it is sampled."""
+class InceptionFeaturesConfig:
+    """The judge of the published protocols: the Inception network. Not built yet, see ``ddops.stages.common``."""
 
-    source: Literal["train"]
-    """``train``: tokenizer and transformer are trained in this stage, on the embedded data set."""
+    name: Literal["inception"]
+
+
+FeaturesConfig = Annotated[DigitsFeaturesConfig | InceptionFeaturesConfig, Field(discriminator="name")]
+
+
+@config
+class PublishedFile:
+    """A file of published weights, and where in it they are."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """Its path in the repository."""
+    layout: Literal["flat", "model", "module", "state_dict", "ema", "trainer.ema_parameters"]
+    """``flat``: the file is the state dict; else the keys that lead to it."""
+
+
+@config
+class DownloadSource:
+    """Where published weights come from."""
+
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """``owner/name`` on the Hugging Face hub."""
+    revision: Annotated[str, Field(min_length=1)]
+    """A branch, tag or commit. The commit it stands for at the first download is pinned in ``hub.lock.json``."""
+    path: str | None = None
+    """A local directory that holds the files (or the file, where there is one): nothing is downloaded then."""
+
+
+@config
+class TeacherDownloadConfig(DownloadSource):
+    """The two files of a published teacher."""
+
+    tokenizer: PublishedFile
+    transformer: PublishedFile
+
+
+@config
+class StudentDownloadConfig(DownloadSource):
+    """The file of a released DD1 student."""
+
+    student: PublishedFile
+
+
+@config
+class TeacherCommon:
+    """What every teacher is told, wherever its weights come from."""
+
     model: ModelConfig
     sampling: SamplingConfig
-    label_dropout: Fraction
-    """Probability of replacing a label by the unconditional one, which guidance needs."""
-    dropout: DecayRate
-    """Share of input tokens replaced by random ones in training: a regulariser for small data sets."""
-    tokenizer_training: TrainingConfig
-    training: TrainingConfig
 
     def __post_init__(self) -> None:
         if self.sampling.top_k > self.model.codebook_size:
@@ -81,10 +120,38 @@ class TeacherConfig:
 
 
 @config
+class DownloadedTeacherConfig(TeacherCommon):
+    """A published teacher: its weights are fetched, verified and converted."""
+
+    source: Literal["download"]
+    download: TeacherDownloadConfig
+
+
+@config
+class TrainedTeacherConfig(TeacherCommon):
+    """A teacher whose tokenizer and transformer are trained in its stage, on the embedded data set."""
+
+    source: Literal["train"]
+    label_dropout: Fraction
+    """Probability of replacing a label by the unconditional one, which guidance needs."""
+    token_dropout: DecayRate
+    """Share of input tokens replaced by random ones in training: a regulariser for small data sets."""
+    codebook_weight: PositiveFloat
+    """Weight of the quantiser's loss beside the reconstruction error. VAR's latent has no fixed scale: a large weight
+    shrinks it until the coarse scales go unused."""
+    tokenizer_training: TrainingConfig
+    training: TrainingConfig
+
+
+TeacherConfig = Annotated[TrainedTeacherConfig | DownloadedTeacherConfig, Field(discriminator="source")]
+
+
+@config
 class TrajectoriesConfig:
     """The data set of (class, noise, token ids): how many, and how the flow map is solved."""
 
-    count: PositiveInt
+    count: NonNegativeInt
+    """0 where nothing is trained on them: a released student."""
     shard_size: PositiveInt
     """Trajectories a shard."""
     batch_size: PositiveInt
@@ -104,13 +171,24 @@ class PerceptualConfig:
 
 
 @config
-class DD1Config:
-    """Distilled Decoding 1 (arXiv 2412.17153)."""
+class DD1Common:
+    """How a DD1 student (arXiv 2412.17153) is sampled, wherever its weights come from."""
 
     start_positions: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """Numbers of leading levels that are given: what training draws from, and what sampling steps through."""
     logit_prefix: NonNegativeInt
     """Leading levels whose final tokens come from the logits' argmax; the regressed embedding serves the rest."""
+
+    def __post_init__(self) -> None:
+        if self.start_positions[0] != 0 or list(self.start_positions) != sorted(set(self.start_positions)):
+            raise ValueError(f"start_positions must begin with 0 and increase strictly, got {self.start_positions}")
+
+
+@config
+class TrainedDD1Config(DD1Common):
+    """A student that is distilled from the teacher's trajectories."""
+
+    source: Literal["train"]
     cross_entropy_weight: NonNegativeFloat
     embedding_weight: NonNegativeFloat
     """Weight of the squared error of the regressed embedding (0 in the paper; steadies small models)."""
@@ -121,22 +199,46 @@ class DD1Config:
     """Samples a point of that curve is computed from."""
     training: TrainingConfig
 
-    def __post_init__(self) -> None:
-        if self.start_positions[0] != 0 or list(self.start_positions) != sorted(set(self.start_positions)):
-            raise ValueError(f"start_positions must begin with 0 and increase strictly, got {self.start_positions}")
+
+@config
+class ReleasedDD1Config(DD1Common):
+    """A student that DD1's authors released: its weights are fetched, verified and converted."""
+
+    source: Literal["released"]
+    download: StudentDownloadConfig
+
+
+DD1Config = Annotated[TrainedDD1Config | ReleasedDD1Config, Field(discriminator="source")]
 
 
 @config
-class EvaluateConfig:
-    """The protocol: what is sampled for a figure, and the features it is computed in."""
+class EvaluateCommon:
+    """What every protocol says besides its own rules."""
 
-    protocol: Literal["digits"]
-    samples_per_image: PositiveInt
-    """Samples drawn for each image of the reference set, with that image's label: the data's class proportions."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """Every row is sampled and judged once a seed; the table shows mean and spread."""
     batch_size: PositiveInt
     grid_per_class: PositiveInt
+
+
+@config
+class DigitsEvaluateConfig(EvaluateCommon):
+    """The protocol ``digits``: the embedded data set's labels and the digits classifier's features."""
+
+    protocol: Literal["digits"]
+    samples_per_image: PositiveInt
+    """Samples drawn for each image of the reference set, with that image's label: the data's class proportions."""
+
+
+@config
+class DD50kEvaluateConfig(EvaluateCommon):
+    """The protocol ``dd_50k`` of the DD papers: labels at random, Inception features. Not built yet."""
+
+    protocol: Literal["dd_50k"]
+    samples: PositiveInt
+
+
+EvaluateConfig = Annotated[DigitsEvaluateConfig | DD50kEvaluateConfig, Field(discriminator="protocol")]
 
 
 @config
@@ -189,13 +291,17 @@ class Config:
 
     def __post_init__(self) -> None:
         levels = len(self.teacher.model.level_sizes)
-        unit = "levels" if isinstance(self.teacher.model, VARConfig) else "tokens"
+        unit = "tokens" if max(self.teacher.model.level_sizes) == 1 else "levels"
         if self.dd1.start_positions[-1] >= levels:
             raise ValueError(
                 f"dd1.start_positions: {self.dd1.start_positions[-1]} is past the end, the teacher has {levels} {unit}"
             )
         if self.dd1.logit_prefix > levels:
             raise ValueError(f"dd1.logit_prefix: {self.dd1.logit_prefix} exceeds the teacher's {levels} {unit}")
+        if self.dd1.source == "train" and self.trajectories.count == 0:
+            raise ValueError("trajectories.count: 0, but dd1.source is train, which needs some")
+        if (self.evaluate.protocol == "digits") != (self.features.name == "digits_classifier"):
+            raise ValueError(f"features.name: {self.features.name} do not judge the protocol {self.evaluate.protocol}")
         if self.export.steps > len(self.dd1.start_positions):
             raise ValueError(
                 f"export.steps: {self.export.steps} steps need as many dd1.start_positions, "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddops.config.stages import DD1Config
+from ddops.config.stages import TrainedDD1Config
 from ddops.losses.dd1 import cross_entropy, embedding_error
 from ddops.losses.perceptual import PerceptualDistance
 from ddops.models.interface import Student, Teacher
@@ -19,7 +19,7 @@ from ddops.trajectories.dataset import TrajectoryDataset
 
 
 def dd1_objective(
-    teacher: Teacher, dataset: TrajectoryDataset, config: DD1Config, distance: PerceptualDistance
+    teacher: Teacher, dataset: TrajectoryDataset, config: TrainedDD1Config, distance: PerceptualDistance
 ) -> Objective:
     """One training step's loss: the student sees the first ``start`` levels as data and the rest as the trajectory's
     own noise, and predicts every later token at once, ``start`` drawn anew for each sample."""

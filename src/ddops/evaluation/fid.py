@@ -70,9 +70,7 @@ def make_fid(classifier: DigitsClassifier, reference_NIHW: Tensor) -> Callable[[
     Raises (from the returned function):
         MetricError: fewer samples than features, so that the covariance would be singular.
     """
-    # torch-fidelity finds extractors by name: ours always stands for the classifier in hand.
-    FEATURE_EXTRACTORS_REGISTRY.pop(DIGITS_EXTRACTOR, None)
-    register_feature_extractor(DIGITS_EXTRACTOR, _digits_extractor(classifier))
+    extractor = _digits_extractor(classifier)
     reference = _Uint8Images(reference_NIHW)
 
     def fid(samples_NIHW: Tensor) -> float:
@@ -82,6 +80,9 @@ def make_fid(classifier: DigitsClassifier, reference_NIHW: Tensor) -> Callable[[
                 f"the Fréchet distance in {feature_dim} features needs more than {feature_dim} samples, "
                 f"got {len(samples_NIHW)}"
             )
+        # torch-fidelity finds extractors by name: at each call ours stands for the classifier in hand.
+        FEATURE_EXTRACTORS_REGISTRY.pop(DIGITS_EXTRACTOR, None)
+        register_feature_extractor(DIGITS_EXTRACTOR, extractor)
         metrics = calculate_metrics(
             input1=_Uint8Images(samples_NIHW),
             input2=reference,

@@ -8,18 +8,18 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ddops.config.stages import FeaturesConfig
+from ddops.config.stages import DigitsFeaturesConfig
 from ddops.files import atomic_path
 from ddops.models.classifier import DigitsClassifier
 from ddops.models.errors import CheckpointError
 
 
-def new_classifier(config: FeaturesConfig) -> DigitsClassifier:
+def new_classifier(config: DigitsFeaturesConfig) -> DigitsClassifier:
     """An untrained classifier."""
     return DigitsClassifier(channels=config.channels, feature_dim=config.feature_dim, dropout=config.dropout)
 
 
-def save_classifier(path: Path, classifier: DigitsClassifier, config: FeaturesConfig) -> None:
+def save_classifier(path: Path, classifier: DigitsClassifier, config: DigitsFeaturesConfig) -> None:
     """Write weights and hyper-parameters atomically."""
     shape = {"channels": config.channels, "feature_dim": config.feature_dim, "dropout": config.dropout}
     with atomic_path(path) as temporary:

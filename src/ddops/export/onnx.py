@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -48,6 +49,7 @@ def export_onnx(
     assert program is not None  # dynamo=True always returns a program
     model = program.model_proto
     _strip_traces(model)
+    _share_equal_weights(model.graph)
     for key, value in sorted(metadata.items()):
         model.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(model, full_check=True)
@@ -65,6 +67,25 @@ def _strip_traces(model: onnx.ModelProto) -> None:
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
     model.graph.doc_string = ""
+
+
+def _share_equal_weights(graph: onnx.GraphProto) -> None:
+    """Keep one of each constant. The exporter transposes a weight anew at each use, so that a graph of several steps
+    would hold as many copies of the student."""
+    kept: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    renamed: dict[str, str] = {}
+    for place in reversed(range(len(graph.initializer))):
+        tensor = graph.initializer[place]
+        content = tensor.data_type, tuple(tensor.dims), hashlib.sha256(tensor.raw_data).digest()
+        first = kept.setdefault(content, tensor.name)
+        if first != tensor.name and tensor.raw_data:
+            renamed[tensor.name] = first
+            del graph.initializer[place]
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    described = [value for value in graph.value_info if value.name not in renamed]
+    del graph.value_info[:]
+    graph.value_info.extend(described)
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:

@@ -36,6 +36,8 @@ class ResBlock(nn.Module):
         self.norm2 = group_norm(outputs)
         self.conv2 = conv3x3(outputs, outputs)
         self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        # Each block starts as its shortcut: trained from scratch, that stands a higher learning rate.
+        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x_BKhw: Tensor) -> Tensor:
         y_BKhw = self.conv1(F.silu(self.norm1(x_BKhw)))
@@ -52,6 +54,7 @@ class Attention(nn.Module):
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
 
     def forward(self, x_BKhw: Tensor) -> Tensor:
         qkv_B31KN = self.qkv(self.norm(x_BKhw)).flatten(2).unflatten(1, (3, 1, -1))

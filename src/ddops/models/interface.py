@@ -21,7 +21,7 @@ class TokenizerOutput(NamedTuple):
 
     reconstruction_BIHW: Tensor
     codebook_loss: Tensor
-    """Scalar: codebook term + commitment term, ready to be added to the reconstruction loss."""
+    """Scalar: codebook term + commitment term, to be weighted and added to the reconstruction error."""
     ids_BL: Tensor
 
 

@@ -67,8 +67,8 @@ class LlamaGenTokenizer(Tokenizer):
     def reseed_unused_codes(self, images_BIHW: Tensor, generator: torch.Generator | None = None) -> int:
         """Move the codes that no token of these images uses; see :func:`ddops.models.quantization.reseed_unused_codes`.
 
-        Call it with a good part of the data set, before the first step and from time to time in the first half of
-        training. Returns how many codes moved.
+        Call it with a good part of the data set, before the first step and then from time to time, but not near the
+        end: a code needs steps to settle. Returns how many codes moved.
         """
         x_NC = F.normalize(self.features(images_BIHW), dim=-1).flatten(0, 1)
         ids_N = nearest_code(x_NC, self.codebook_VC)

@@ -22,7 +22,8 @@ def to_sequence(map_BCgg: Tensor) -> Tensor:
 
 def to_map(q_BlC: Tensor, side: int) -> Tensor:
     """A sequence in raster order as a token map, (B, C, side, side)."""
-    return q_BlC.transpose(1, 2).unflatten(2, (side, side))
+    map_BCgg: Tensor = q_BlC.transpose(1, 2).unflatten(2, (side, side))
+    return map_BCgg
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class QuantizedScale(NamedTuple):
 
 
 class VARTokenizer(Tokenizer):
-    """Images to ten (or so) scales of tokens and back."""
+    """Images to tokens, scale by scale, and back."""
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ class VARTokenizer(Tokenizer):
     def reseed_unused_codes(self, images_BIHW: Tensor, generator: torch.Generator | None = None) -> int:
         """Move the codes that no token of these images uses; see :func:`ddops.models.quantization.reseed_unused_codes`.
 
-        Call it with a good part of the data set, before the first step and from time to time in the first half of
-        training. Returns how many codes moved.
+        Call it with a good part of the data set, before the first step and then from time to time, but not near the
+        end: a code needs steps to settle. Returns how many codes moved.
         """
         scales = list(self._quantize_scales(self.features(images_BIHW)))
         rest_NC = torch.cat([scale.rest_BlC.flatten(0, 1) for scale in scales])

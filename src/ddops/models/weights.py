@@ -6,9 +6,10 @@ The bytes are a function of the contents, so that equal weights have equal hashe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -55,23 +56,17 @@ def load_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], ModelConfig,
 
     Raises :class:`CheckpointError` if the file is damaged, of another kind or not one of ours.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}); if its writing or download was cut short, "
-            "delete it and produce it again"
-        ) from error
-    _check_metadata(path, metadata, kind)
-    try:
-        config = _CONFIGS.validate_json(metadata[_CONFIG])
-    except ValidationError as error:
-        raise CheckpointError(
-            f"the configuration in {path} is not one that this version of ddops reads: {error}"
-        ) from error
-    return state, config, {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
+    with _opened(path) as file:
+        metadata: dict[str, str] = file.metadata() or {}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    return state, *_parse_metadata(path, metadata, kind)
+
+
+def load_metadata(path: Path, kind: str) -> tuple[ModelConfig, dict[str, str]]:
+    """As :func:`load_weights`, without the weights."""
+    with _opened(path) as file:
+        metadata: dict[str, str] = file.metadata() or {}
+    return _parse_metadata(path, metadata, kind)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -107,6 +102,29 @@ def load_student(path: Path) -> Student:
     student = build_student(config)
     _load_strictly(student, state, path)
     return student.eval()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); if its writing or download was cut short, "
+            "delete it and produce it again"
+        ) from error
+
+
+def _parse_metadata(path: Path, metadata: Mapping[str, str], kind: str) -> tuple[ModelConfig, dict[str, str]]:
+    _check_metadata(path, metadata, kind)
+    try:
+        config = _CONFIGS.validate_json(metadata[_CONFIG])
+    except ValidationError as error:
+        raise CheckpointError(
+            f"the configuration in {path} is not one that this version of ddops reads: {error}"
+        ) from error
+    return config, {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
 
 
 def _check_metadata(path: Path, metadata: Mapping[str, str], kind: str) -> None:

@@ -16,14 +16,14 @@ RESEED_EVERY = 50
 """Steps between looking for unused codes."""
 
 
-def tokenizer_objective(images_NIHW: Tensor) -> Objective:
+def tokenizer_objective(images_NIHW: Tensor, codebook_weight: float) -> Objective:
     """Reconstruction error plus the quantiser's own terms (van den Oord et al., arXiv 1711.00937)."""
 
     def objective(model: nn.Module, indices_B: Tensor, step: int) -> Mapping[str, Tensor]:
         images_BIHW = images_NIHW[indices_B]
         output = cast(Tokenizer, model)(images_BIHW)
         error = F.mse_loss(output.reconstruction_BIHW, images_BIHW)
-        return {"loss": error + output.codebook_loss, "reconstruction_error": error}
+        return {"loss": error + codebook_weight * output.codebook_loss, "reconstruction_error": error}
 
     return objective
 

@@ -28,6 +28,14 @@ class StageError(RuntimeError):
     """A stage that cannot go on. The message says what to do; no traceback is shown."""
 
 
+def inception_not_built(what: str) -> StageError:
+    """The refusal of a stage that would need the published protocols' judge. Never the digits judge instead."""
+    return StageError(
+        f"{what}: the Inception features of the published protocols are not built yet, so no figure can be "
+        "computed; only the digits presets are judged. To look at images: ddops sample <preset>"
+    )
+
+
 EXPECTED_ERRORS = (ConfigError, CheckpointError, DatasetError, StageError, TrainingDiverged, OSError)
 
 
@@ -45,8 +53,8 @@ def run_stage(stage: Stage) -> None:
         config = load_config(paths.PARAMS)
         stage(**{name: getattr(config, name) for name in sections(stage)})
     except EXPECTED_ERRORS as error:
-        name = getattr(stage, "__module__", "stage").rpartition(".")[2]
-        print(f"\n{name}: {error}", file=sys.stderr)
+        # The file's name: run with `python -m`, the module's own is "__main__".
+        print(f"\n{Path(inspect.getfile(stage)).stem}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -11,18 +11,24 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ddops.config.stages import EvaluateConfig
+from ddops.config.stages import DigitsEvaluateConfig, EvaluateConfig
 from ddops.data import digits
 from ddops.evaluation.fid import class_accuracy, make_fid
 from ddops.evaluation.images import to_uint8
 from ddops.evaluation.judge import load_classifier
 from ddops.files import sha256_file, write_json, write_text
 from ddops.stages import paths
-from ddops.stages.common import StageError, require, run_stage
+from ddops.stages.common import StageError, inception_not_built, require, run_stage
 
 
 def evaluate(evaluate: EvaluateConfig) -> None:
-    """Write ``reports/metrics.json`` and the same table as CSV for ``dvc plots``."""
+    """Write ``reports/metrics.json`` and the same table as CSV for ``dvc plots``.
+
+    Raises:
+        StageError: the protocol is not ``digits``, or there are no samples.
+    """
+    if not isinstance(evaluate, DigitsEvaluateConfig):
+        raise inception_not_built(f"evaluate.protocol {evaluate.protocol}")
     classifier_file = require(paths.CLASSIFIER, "features")
     classifier = load_classifier(classifier_file)
     data = digits.load()

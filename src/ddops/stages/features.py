@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from ddops.config.stages import FeaturesConfig
+from ddops.config.stages import FeaturesConfig, InceptionFeaturesConfig
 from ddops.data import digits
 from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.files import write_json
 from ddops.pretrain.classifier import accuracy, classifier_objective, split
 from ddops.stages import paths
-from ddops.stages.common import checkpoint_file, run_stage
+from ddops.stages.common import checkpoint_file, inception_not_built, run_stage
 from ddops.training.loop import seeded, train
 
 
 def features(seed: int, features: FeaturesConfig) -> None:
-    """Train on all but the held-out images, measure on those."""
+    """Train on all but the held-out images, measure on those.
+
+    Raises:
+        StageError: the features are not the digits classifier's.
+    """
+    if isinstance(features, InceptionFeaturesConfig):
+        raise inception_not_built("features.name inception")
     training, heldout = split(digits.load(), features.holdout, seed)
     classifier = seeded(seed, lambda: new_classifier(features))
     checkpoint = checkpoint_file("classifier", [seed, features])

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from ddops.config.stages import DD1Config, EvaluateConfig, TeacherConfig, TrajectoriesConfig
+from ddops.config.stages import DD1Config, DigitsEvaluateConfig, EvaluateConfig, TeacherConfig, TrajectoriesConfig
 from ddops.data import digits
 from ddops.evaluation import rows
 from ddops.evaluation.images import grid, save_png, to_uint8
@@ -17,14 +17,20 @@ from ddops.models.interface import Student, Teacher
 from ddops.models.weights import load_student, load_teacher
 from ddops.sampling.teacher import token_marginals
 from ddops.stages import paths
-from ddops.stages.common import require, run_stage
+from ddops.stages.common import inception_not_built, require, run_stage
 from ddops.trajectories.dataset import TrajectoryDataset
 
 GRID_SCALE = 6
 
 
 def sample(teacher: TeacherConfig, trajectories: TrajectoriesConfig, dd1: DD1Config, evaluate: EvaluateConfig) -> None:
-    """Write ``data/samples/<row>.safetensors`` (uint8 images a seed) and ``reports/grids/<row>.png``."""
+    """Write ``data/samples/<row>.safetensors`` (uint8 images a seed) and ``reports/grids/<row>.png``.
+
+    Raises:
+        StageError: the protocol is not ``digits``.
+    """
+    if not isinstance(evaluate, DigitsEvaluateConfig):
+        raise inception_not_built(f"evaluate.protocol {evaluate.protocol}")
     data = digits.load()
     model = load_teacher(require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher"))
     student = load_student(require(paths.DD1_STUDENT, "distill_dd1"))

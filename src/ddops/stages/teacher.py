@@ -1,12 +1,13 @@
-"""Stage ``teacher``: train the tokenizer, then the autoregressive transformer on its tokens."""
+"""Stage ``teacher``: train the tokenizer, then the transformer on its tokens; or fetch a published pair."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ddops.config.stages import TeacherConfig
+from ddops.config.stages import DownloadedTeacherConfig, TeacherConfig, TrainedTeacherConfig
 from ddops.data import digits
+from ddops.hub.acquire import acquire_teacher, write_origin
 from ddops.models.interface import Tokenizer
 from ddops.models.registry import build_teacher, build_tokenizer
 from ddops.models.weights import TOKENIZER, TRANSFORMER, save_weights
@@ -18,7 +19,11 @@ from ddops.training.loop import seeded, train
 
 
 def teacher(seed: int, teacher: TeacherConfig) -> None:
-    """Train both parts; a killed run goes on from the last checkpoint of the part it was at."""
+    """Train both parts; a killed run goes on from the last checkpoint of the part it was at. Or fetch both."""
+    if isinstance(teacher, DownloadedTeacherConfig):
+        files = acquire_teacher(teacher, paths.TOKENIZER, paths.TRANSFORMER)
+        write_origin([paths.CURVES / "tokenizer", paths.CURVES / "teacher"], files)
+        return
     data = digits.load()
     tokenizer, tokenizer_checkpoint = _trained_tokenizer(seed, teacher, data.images_NIHW)
     weights, checkpoint = _trained_transformer(seed, teacher, tokenizer, data)
@@ -28,13 +33,15 @@ def teacher(seed: int, teacher: TeacherConfig) -> None:
     tokenizer_checkpoint.remove()
 
 
-def _trained_tokenizer(seed: int, config: TeacherConfig, images_NIHW: Tensor) -> tuple[Tokenizer, CheckpointFile]:
+def _trained_tokenizer(
+    seed: int, config: TrainedTeacherConfig, images_NIHW: Tensor
+) -> tuple[Tokenizer, CheckpointFile]:
     """The tokenizer. Its finished checkpoint stays, so a run killed later passes through here at once."""
-    checkpoint = checkpoint_file("tokenizer", [seed, config.model, config.tokenizer_training])
+    checkpoint = checkpoint_file("tokenizer", [seed, config.model, config.tokenizer_training, config.codebook_weight])
     tokenizer = seeded(seed, lambda: build_tokenizer(config.model))
     state = train(
         tokenizer,
-        tokenizer_objective(images_NIHW),
+        tokenizer_objective(images_NIHW, config.codebook_weight),
         config=config.tokenizer_training,
         seed=seed,
         dataset_size=len(images_NIHW),
@@ -48,7 +55,7 @@ def _trained_tokenizer(seed: int, config: TeacherConfig, images_NIHW: Tensor) ->
 
 
 def _trained_transformer(
-    seed: int, config: TeacherConfig, tokenizer: Tokenizer, data: digits.LabelledImages
+    seed: int, config: TrainedTeacherConfig, tokenizer: Tokenizer, data: digits.LabelledImages
 ) -> tuple[dict[str, Tensor], CheckpointFile]:
     model = seeded(seed, lambda: build_teacher(config.model))
     model.tokenizer.load_state_dict(tokenizer.state_dict())
@@ -57,11 +64,13 @@ def _trained_transformer(
         ids_NL = tokenizer.encode(data.images_NIHW).clone()
     checkpoint = checkpoint_file(
         "transformer",
-        [seed, config.model, config.tokenizer_training, config.training, config.label_dropout, config.dropout],
+        [seed, config],
     )
     state = train(
         model,
-        teacher_objective(ids_NL, data.labels_N, label_dropout=config.label_dropout, token_dropout=config.dropout),
+        teacher_objective(
+            ids_NL, data.labels_N, label_dropout=config.label_dropout, token_dropout=config.token_dropout
+        ),
         config=config.training,
         seed=seed,
         dataset_size=len(data),

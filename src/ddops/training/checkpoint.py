@@ -33,11 +33,12 @@ class CheckpointFile:
         if not self.path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
-            log.warning("%s is damaged (%s): starting this stage anew", self.path, str(error).splitlines()[0])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("%s is damaged (%s): starting this stage anew", self.path, reason)
             return None
-        if state.pop("fingerprint") != self.fingerprint:
+        if not isinstance(state, dict) or state.pop("fingerprint", None) != self.fingerprint:
             log.info("%s belongs to a run with other settings or inputs: starting anew", self.path)
             return None
         return state

@@ -64,7 +64,7 @@ def train(
         TrainingDiverged: the loss is NaN or infinite.
     """
     ema_model = _copy_of(model)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), betas=config.betas)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), betas=config.betas, fused=True)
     state = checkpoint.load()
     first_step = _restore(state, model, ema_model, optimizer)
     curves = Curves(curves_dir, state["history"] if state else None)
@@ -81,16 +81,18 @@ def train(
         _update_ema(ema_model, model, ema_decay(config, step))
         bar.update()
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            row = {name: float(value.detach()) for name, value in values.items()} | {
-                "gradient_norm": float(gradient_norm)
-            }
-            _check_finite(row, description, done)
-            if evaluate is not None and (done % evaluate_every == 0 or done == config.steps):
+        last = done == config.steps
+        to_log, to_save = (last or done % every == 0 for every in (config.log_every, config.checkpoint_every))
+        if not (to_log or to_save):
+            continue
+        row = {name: float(value.detach()) for name, value in {**values, "gradient_norm": gradient_norm}.items()}
+        _check_finite(row, description, done)
+        if to_log:
+            if evaluate is not None and (last or done % evaluate_every == 0):
                 row |= evaluate(ema_model)
             curves.log(done, row)
             bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)
-        if done % config.checkpoint_every == 0 or done == config.steps:
+        if to_save:
             checkpoint.save(_snapshot(done, model, ema_model, optimizer, curves))
     bar.close()
     curves.close()

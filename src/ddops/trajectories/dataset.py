@@ -28,11 +28,13 @@ class TrajectoryDataset:
     """All labels and token ids in memory; the noise is computed from (seed, index).
 
     Raises:
-        DatasetError: no manifest, a shard that is missing or altered, or noise of another version.
+        DatasetError: no manifest, no trajectories, a shard that is missing or altered, or noise of another version.
     """
 
     def __init__(self, directory: Path, code_dim: int) -> None:
         manifest = read_manifest(directory)
+        if not manifest["shards"]:
+            raise DatasetError(f"{directory}: holds no trajectories; set trajectories.count and generate them")
         version = manifest["settings"]["noise_version"]
         if version != NOISE_VERSION:
             raise DatasetError(

@@ -83,6 +83,15 @@ def generate(
     write_manifest(directory, settings, plans)
 
 
+def write_empty(directory: Path, reason: str) -> None:
+    """A data set of no trajectories, whose manifest says why."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)
+    _remove_foreign_files(directory, [])
+    log.info("trajectories: none (%s)", reason)
+    write_manifest(directory, {"empty": reason}, [])
+
+
 def _make_shard(
     teacher: Teacher, config: TrajectoriesConfig, sampling: SamplingConfig, seed: int, plan: ShardPlan, bar: Any
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:

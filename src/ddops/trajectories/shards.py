@@ -1,12 +1,13 @@
 """The trajectory data set on disk: shards of (class, token ids), and a manifest that is written last.
 
 The noise is not stored: it is a function of (seed, sample index), see :mod:`ddops.sampling.noise`.
-A shard is a safetensors file with ``labels`` (n,) and ``ids`` (n, L), both uint16, and the fingerprint of the
-settings it was made with. The same settings give the same bytes.
+A shard is a safetensors file with ``labels`` (n,) and ``ids`` (n, L), both uint16, and a seal: a hash of the settings
+it was made with and of its contents. The same settings give the same bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,34 +49,38 @@ def plan_shards(count: int, shard_size: int) -> list[ShardPlan]:
 
 def write_shard(path: Path, labels_N: NDArray[np.uint16], ids_NL: NDArray[np.uint16], fingerprint: str) -> None:
     """Write one shard atomically."""
-    payload = save({"labels": labels_N, "ids": ids_NL}, metadata={"fingerprint": fingerprint})
+    payload = save({"labels": labels_N, "ids": ids_NL}, metadata={"seal": _seal(fingerprint, labels_N, ids_NL)})
     with atomic_path(path) as temporary:
         temporary.write_bytes(payload)
 
 
 def read_shard(path: Path) -> tuple[NDArray[np.uint16], NDArray[np.uint16], str]:
-    """Labels (n,), token ids (n, L) and the fingerprint of the settings.
+    """Labels (n,), token ids (n, L) and the seal.
 
     Raises:
         DatasetError: missing, truncated or not a shard.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            fingerprint = (file.metadata() or {}).get("fingerprint", "")
-            return file.get_tensor("labels"), file.get_tensor("ids"), fingerprint
+            seal = (file.metadata() or {}).get("seal", "")
+            return file.get_tensor("labels"), file.get_tensor("ids"), seal
     except (SafetensorError, OSError) as error:
         raise DatasetError(f"{path}: not a readable shard ({error}); delete it and generate again") from error
 
 
 def is_complete(path: Path, plan: ShardPlan, fingerprint: str) -> bool:
-    """Whether a shard is there, whole, and made with these settings."""
+    """Whether a shard is there, whole, unaltered and made with these settings."""
     if not path.exists():
         return False
     try:
-        labels_N, _, found = read_shard(path)
+        labels_N, ids_NL, seal = read_shard(path)
     except DatasetError:
         return False
-    return found == fingerprint and len(labels_N) == plan.count
+    return seal == _seal(fingerprint, labels_N, ids_NL) and len(labels_N) == plan.count
+
+
+def _seal(fingerprint: str, labels_N: NDArray[np.uint16], ids_NL: NDArray[np.uint16]) -> str:
+    return hashlib.sha256(fingerprint.encode() + labels_N.tobytes() + ids_NL.tobytes()).hexdigest()
 
 
 def write_manifest(directory: Path, settings: dict[str, Any], plans: list[ShardPlan]) -> None:

@@ -1,0 +1,198 @@
+"""The numbers behind ``ddops plan``. Parameters, tensors and passes are counted on torch's meta device, which holds
+shapes and no values; the rest is arithmetic on the configuration. Memory and work are estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddops.commands.arguments import CommandError
+from ddops.config.stages import Config, DigitsEvaluateConfig, TrainedDD1Config
+from ddops.models.registry import build_student, build_teacher
+
+FLOAT: Final = 4
+"""Bytes of a float32, which everything is computed and stored in."""
+VGG16_FLOPS_PER_PIXEL: Final = 2 * 15.35e9 / 224**2
+ACTIVATION_BYTES: Final = 68
+"""Of a transformer layer, a token and a channel, kept for the backward pass in float32 (arXiv 2205.05198, eq. 1)."""
+FLOW_COPIES: Final = 6
+"""Arrays of the size of a level's logits that the flow map holds at a time."""
+DIGITS_IMAGES: Final = 1797
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device computes and holds."""
+
+    flops: float
+    """Dense bf16 operations a second."""
+    memory: float
+    """Bytes."""
+    source: str
+
+
+DEVICES: Final = {
+    "H200": Device(788e12, 139 * 2**30, "measured on such a card"),
+    "H100": Device(989e12, 80e9, "the vendor's peak"),
+    "A100": Device(312e12, 80e9, "the vendor's peak"),
+}
+
+
+def find_device(name: str) -> Device:
+    """A device of the table; raises CommandError for one that is not there."""
+    if name not in DEVICES:
+        raise CommandError(f"--device: no device {name!r} in the table; valid: {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model holds."""
+
+    parameters: int
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Operations (multiplications and additions) an image."""
+
+    teacher: float
+    """All levels, both halves of guidance. Counted as one full pass: a KV-cached run has less attention."""
+    flow_map: float
+    student: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The models of a preset, counted."""
+
+    transformer: ModelSize
+    tokenizer: ModelSize
+    student: ModelSize
+    passes: Passes
+    guided: bool
+    length: int
+    largest_level: int
+
+
+def measure(config: Config) -> Measured:
+    """Build the models without allocating them, and count."""
+    model, sampling = config.teacher.model, config.teacher.sampling
+    with torch.device("meta"), torch.no_grad():
+        teacher, student = build_teacher(model), build_student(model)
+        layout = teacher.layout
+        labels_B = torch.zeros(1, dtype=torch.long)
+        ids_BL = torch.zeros(1, layout.length, dtype=torch.long)
+        x_BLC = torch.zeros(1, layout.length, model.code_dim)
+        one_pass = _flops(lambda: teacher.logits(labels_B, ids_BL))
+        student_pass = _flops(lambda: student(x_BLC, labels_B, labels_B).logits_BLV)
+        decode = _flops(lambda: teacher.decode(x_BLC))
+    guided = any(teacher.guidance_scale(sampling.guidance, level) != 1 for level in range(layout.num_levels))
+    codes = sampling.top_k or model.codebook_size
+    flow_map = config.trajectories.evaluations * layout.length * (4.0 * codes * model.code_dim + 8 * codes)
+    return Measured(
+        transformer=_size(teacher.get_submodule("transformer")),
+        tokenizer=_size(teacher.tokenizer),
+        student=_size(student),
+        passes=Passes(one_pass * (2 if guided else 1), flow_map, student_pass, decode),
+        guided=guided,
+        length=layout.length,
+        largest_level=max(layout.sizes),
+    )
+
+
+def trajectory_bytes(measured: Measured) -> int:
+    """Stored bytes a trajectory: the class and the token ids, two each. The noise is computed, not stored."""
+    return 2 * (measured.length + 1)
+
+
+def noise_bytes(config: Config, measured: Measured) -> int:
+    """What storing the noise would add."""
+    return FLOAT * measured.length * config.teacher.model.code_dim
+
+
+def rows(config: Config) -> int:
+    """Rows whose images are drawn once a seed: two of the teacher, one a student step, onestep*."""
+    return 3 + len(config.dd1.start_positions)
+
+
+def samples(config: Config) -> int:
+    """Images a row and a seed."""
+    evaluate = config.evaluate
+    return (
+        evaluate.samples_per_image * DIGITS_IMAGES if isinstance(evaluate, DigitsEvaluateConfig) else evaluate.samples
+    )
+
+
+def sample_bytes(config: Config) -> int:
+    """Bytes of all rows' images."""
+    model = config.teacher.model
+    image = model.image_channels * model.image_size**2
+    return image * samples(config) * len(config.evaluate.seeds) * rows(config)
+
+
+def trajectory_flops(config: Config, measured: Measured) -> float:
+    """Work of the stage ``trajectories``."""
+    return config.trajectories.count * (measured.passes.teacher + measured.passes.flow_map)
+
+
+def distill_flops(config: Config, measured: Measured) -> float:
+    """Work of the stage ``distill_dd1``: a backward pass counts twice a forward one, or once where only the input's
+    gradient is asked for, as through the decoder and LPIPS."""
+    if not isinstance(config.dd1, TrainedDD1Config):
+        return 0.0
+    training, perceptual = config.dd1.training, config.dd1.perceptual
+    lpips = 3 * VGG16_FLOPS_PER_PIXEL * config.teacher.model.image_size**2 if perceptual.network == "lpips_vgg" else 0
+    decoded = min(perceptual.batch_size, training.batch_size) * (3 * measured.passes.decode + lpips)
+    return training.steps * (3 * training.batch_size * measured.passes.student + decoded)
+
+
+def sample_flops(config: Config, measured: Measured) -> float:
+    """Work of the stage ``sample``."""
+    passes, steps = measured.passes, range(1, len(config.dd1.start_positions) + 1)
+    image = 2 * passes.teacher + passes.flow_map + sum(steps) * passes.student + rows(config) * passes.decode
+    return image * samples(config) * len(config.evaluate.seeds)
+
+
+def sampling_memory(config: Config, measured: Measured, batch: int) -> float:
+    """Bytes while a teacher is sampled: weights, keys and values, and the flow map's arrays."""
+    model = config.teacher.model
+    halves = 2 if measured.guided else 1
+    cache = 2 * model.depth * model.width * measured.length * batch * halves * FLOAT
+    flow = FLOW_COPIES * batch * measured.largest_level * model.codebook_size * FLOAT
+    return measured.transformer.bytes + measured.tokenizer.bytes + cache + flow
+
+
+def training_memory(config: Config, measured: Measured) -> float:
+    """Bytes while a student is trained: five copies of it (weights, gradients, AdamW's two, EMA), the teacher, the
+    activations and the logits with their gradient."""
+    if not isinstance(config.dd1, TrainedDD1Config):
+        return 0.0
+    model, tokens = config.teacher.model, config.dd1.training.batch_size * measured.length
+    activations = ACTIVATION_BYTES * tokens * model.depth * model.width
+    logits = 3 * FLOAT * tokens * model.codebook_size
+    return 5 * measured.student.bytes + measured.transformer.bytes + measured.tokenizer.bytes + activations + logits
+
+
+def _flops(run: Callable[[], Tensor]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _size(module: nn.Module) -> ModelSize:
+    state = module.state_dict()
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        tensors=len(state),
+        bytes=sum(tensor.nbytes for tensor in state.values()),
+    )

@@ -1,0 +1,173 @@
+"""The text of ``ddops plan``."""
+
+from __future__ import annotations
+
+from ddops.commands import estimates
+from ddops.commands.estimates import Device, Measured, ModelSize
+from ddops.config.stages import (
+    Config,
+    DigitsEvaluateConfig,
+    DownloadedTeacherConfig,
+    DownloadSource,
+    PublishedFile,
+    ReleasedDD1Config,
+    TrainedDD1Config,
+)
+from ddops.hub.records import LOCK, HubRecords
+
+LPIPS_BYTES = 0.55e9
+"""torchvision's VGG-16 weights."""
+
+
+def describe(config: Config, device_name: str) -> str:
+    """The whole plan as text."""
+    device = estimates.find_device(device_name)
+    measured = estimates.measure(config)
+    sections = [
+        _models(config, measured),
+        _stages(config),
+        _disk(config, measured),
+        _memory(config, measured, device, device_name),
+        _work(config, measured, device, device_name),
+    ]
+    return f"preset {config.preset}\n\n" + "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _models(config: Config, measured: Measured) -> list[str]:
+    rows = {"transformer": measured.transformer, "tokenizer": measured.tokenizer, "DD1 student": measured.student}
+    lines = [_model(name, size) for name, size in rows.items()]
+    levels, sampling = len(config.teacher.model.level_sizes), config.teacher.sampling
+    settings = f"guidance {sampling.guidance:g}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p:g}"
+    return [
+        "Models (exact)",
+        *lines,
+        f"  {measured.length} tokens in {levels} levels; teacher: {settings}; student: starts "
+        f"{', '.join(map(str, config.dd1.start_positions))}, logit prefix {config.dd1.logit_prefix}",
+    ]
+
+
+def _model(name: str, size: ModelSize) -> str:
+    return f"  {name:<14}{size.parameters / 1e6:10.2f} M parameters{size.tensors:7d} tensors{_bytes(size.bytes):>12}"
+
+
+def _stages(config: Config) -> list[str]:
+    judged = isinstance(config.evaluate, DigitsEvaluateConfig)
+    refused = "refused: Inception features are not built yet"
+    count = config.trajectories.count
+    steps = {
+        "features": "train the digits classifier" if judged else refused,
+        "teacher": _teacher(config),
+        "trajectories": f"{count:,} by the flow map" if count else "none",
+        "distill_dd1": _distill(config),
+        "sample": f"{estimates.samples(config):,} images x {len(config.evaluate.seeds)} seeds x "
+        f"{estimates.rows(config)} rows" if judged else refused,
+        "evaluate": f"protocol {config.evaluate.protocol}" if judged else refused,
+        "gate": f"{len(config.gate.rules)} rules" + ("" if judged else ", after evaluate"),
+        "export_onnx": f"{config.export.steps} step, opset {config.export.opset}" + ("" if judged else ", after gate"),
+        "report": "one HTML page" + ("" if judged else ", after evaluate"),
+    }  # fmt: skip
+    return ["Stages", *(f"  {name:<14}{text}" for name, text in steps.items())]
+
+
+def _teacher(config: Config) -> str:
+    teacher = config.teacher
+    if isinstance(teacher, DownloadedTeacherConfig):
+        return _source(teacher.download, [teacher.download.tokenizer, teacher.download.transformer])
+    return f"train: tokenizer {teacher.tokenizer_training.steps:,} steps, transformer {teacher.training.steps:,} steps"
+
+
+def _distill(config: Config) -> str:
+    dd1 = config.dd1
+    if isinstance(dd1, ReleasedDD1Config):
+        return _source(dd1.download, [dd1.download.student])
+    return f"train: {dd1.training.steps:,} steps of {dd1.training.batch_size}"
+
+
+def _source(source: DownloadSource, files: list[PublishedFile]) -> str:
+    names = ", ".join(file.name for file in files)
+    if source.path is not None:
+        return f"read {names} in {source.path}"
+    records = HubRecords.load(LOCK)
+    known = all(records.expected(source.repo, file.name).sha256 for file in files)
+    trust = "hashes known" if known else "a hash not known yet is trusted on first use"
+    return f"fetch {names} from {source.repo} ({records.license(source.repo) or 'licence not known'}; {trust})"
+
+
+def _disk(config: Config, measured: Measured) -> list[str]:
+    teacher = measured.tokenizer.bytes + measured.transformer.bytes
+    download = _download_bytes(config, measured)
+    each, count = estimates.trajectory_bytes(measured), config.trajectories.count
+    noise = estimates.noise_bytes(config, measured)
+    lines = [
+        f"  download      {_bytes(download):>10}  into the hub's cache" if download else "",
+        f"  weights       {_bytes(teacher + measured.student.bytes):>10}  teacher {_bytes(teacher)}, student "
+        f"{_bytes(measured.student.bytes)}; DVC's cache may hold them once more",
+        f"  trajectories  {_bytes(each * count):>10}  {each:,} bytes each; storing the noise would add "
+        f"{noise:,} bytes each, {_bytes(noise * count)}" if count else "",
+        f"  samples       {_bytes(estimates.sample_bytes(config)):>10}",
+    ]  # fmt: skip
+    return ["Disk (estimate)", *filter(None, lines)]
+
+
+def _download_bytes(config: Config, measured: Measured) -> float:
+    """Sizes that are known, else those of our float32 files."""
+    wanted: list[tuple[str, PublishedFile, int]] = []
+    if isinstance(config.teacher, DownloadedTeacherConfig) and config.teacher.download.path is None:
+        source = config.teacher.download
+        wanted.append((source.repo, source.tokenizer, measured.tokenizer.bytes))
+        wanted.append((source.repo, source.transformer, measured.transformer.bytes))
+    if isinstance(config.dd1, ReleasedDD1Config) and config.dd1.download.path is None:
+        wanted.append((config.dd1.download.repo, config.dd1.download.student, measured.student.bytes))
+    records = HubRecords.load(LOCK)
+    sizes = [records.expected(repo, file.name).size or ours for repo, file, ours in wanted]
+    lpips = isinstance(config.dd1, TrainedDD1Config) and config.dd1.perceptual.network == "lpips_vgg"
+    return sum(sizes) + (LPIPS_BYTES if lpips else 0)
+
+
+def _memory(config: Config, measured: Measured, device: Device, name: str) -> list[str]:
+    batch = config.trajectories.batch_size
+    needs = {
+        f"trajectories (batch {batch})": estimates.sampling_memory(config, measured, batch)
+        if config.trajectories.count
+        else 0.0,
+        "sample": estimates.sampling_memory(config, measured, config.evaluate.batch_size),
+    }
+    if isinstance(config.dd1, TrainedDD1Config):
+        key = f"distill_dd1 (batch {config.dd1.training.batch_size})"
+        needs[key] = estimates.training_memory(config, measured)
+    lines = []
+    for stage, needed in needs.items():
+        fits = "" if needed <= device.memory else f"  more than the {name} has: lower the batch size"
+        lines.append(f"  {stage:<28}{_bytes(needed):>10}{fits}") if needed else None
+    return [f"GPU memory (estimate, float32; {name} has {_bytes(device.memory)})", *lines]
+
+
+def _work(config: Config, measured: Measured, device: Device, name: str) -> list[str]:
+    passes = measured.passes
+    each = (
+        f"  an image: teacher {passes.teacher / 1e9:.1f}, flow map {passes.flow_map / 1e9:.1f}, "
+        f"student step {passes.student / 1e9:.1f}, decoder {passes.decode / 1e9:.1f} GFLOP"
+    )
+    work = {
+        "trajectories": estimates.trajectory_flops(config, measured),
+        "distill_dd1": estimates.distill_flops(config, measured),
+        "sample": estimates.sample_flops(config, measured),
+    }
+    lines = [
+        f"  {stage:<14}{flops / 1e15:12.4g} PFLOP{flops / device.flops / 3600:12.2g} h"
+        for stage, flops in work.items()
+        if flops
+    ]
+    return [
+        f"Work (estimate; hours at the {name}'s full bf16 rate, {device.flops / 1e12:.0f} TFLOP/s, {device.source}:",
+        "  a floor, not a forecast; float32 and Python take several times that)",
+        each,
+        *lines,
+    ]
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,105 @@
+"""``ddops sample``: images of some classes from a teacher or a student, as one picture."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddops.commands.arguments import CommandError, Subparsers, add_params
+from ddops.commands.classes import parse_classes
+from ddops.commands.workspace import Workspace, find_workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ddops.evaluation.rows import Protocol
+
+ALL = "all"
+COLUMNS = 8
+SMALLEST_TILE = 48
+
+
+def register(commands: Subparsers) -> None:
+    """Declare the arguments."""
+    parser = commands.add_parser(
+        "sample",
+        help="draw images from a teacher or a student",
+        description="Draw images: `ddops sample released_dd1_var_d16 --classes 207,otter --steps 1 --seed 0 "
+        "--grid out.png`. An image depends on its class, the seed and its place in the list, not on the others.",
+    )
+    parser.add_argument("model", help="a preset, a workspace, or a directory that ddops fetch wrote")
+    parser.add_argument("--classes", required=True, help="numbers or ImageNet names, with commas between them")
+    parser.add_argument("--count", type=_positive, default=1, help="images a class; default: 1")
+    parser.add_argument("--row", choices=["teacher", "dd1"], help="default: dd1 where there is a student")
+    parser.add_argument("--steps", type=_steps, help=f"of the student, default: 1; of a teacher: {ALL}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N")
+    parser.add_argument("--grid", type=Path, required=True, metavar="FILE", help="the picture to write, a PNG")
+    add_params(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the picture and say what is on it."""
+    if arguments.seed < 0:
+        raise CommandError(f"--seed: at least 0, got {arguments.seed}")
+    workspace = find_workspace(arguments.model, arguments.params)
+    config = workspace.config
+    classes = parse_classes(arguments.classes, config.teacher.model.num_classes)
+    row, steps = _choose(arguments, workspace)
+
+    import torch
+
+    from ddops.evaluation.images import grid, save_png
+    from ddops.evaluation.rows import Protocol
+
+    labels_N = torch.tensor(classes).repeat_interleave(arguments.count)
+    start = time.perf_counter()
+    images_NIHW = _draw(workspace, row, steps, Protocol(labels_N, len(labels_N), arguments.batch_size), arguments.seed)
+    seconds = time.perf_counter() - start
+    columns = arguments.count if arguments.count > 1 else min(len(classes), COLUMNS)
+    scale = max(1, SMALLEST_TILE // config.teacher.model.image_size)
+    save_png(grid(images_NIHW, columns, scale=scale), arguments.grid)
+    shown = f"{len(labels_N)} image{'s' if len(labels_N) > 1 else ''} of classes {', '.join(map(str, classes))}"
+    print(f"{arguments.grid}: {shown}; {config.preset}, {row}, {steps} steps, seed {arguments.seed}, {seconds:.1f} s")
+
+
+def _choose(arguments: argparse.Namespace, workspace: Workspace) -> tuple[str, int]:
+    """The row and its number of steps, refused where they do not go together."""
+    row = arguments.row or ("dd1" if workspace.student.is_file() else "teacher")
+    levels = len(workspace.config.teacher.model.level_sizes)
+    if row == "teacher":
+        if arguments.steps not in (None, ALL, levels):
+            raise CommandError(f"--steps {arguments.steps}: a teacher takes all of its {levels} steps: --steps {ALL}")
+        return row, levels
+    if not workspace.student.is_file():
+        raise CommandError(f"{workspace.student}: missing; run dvc repro distill_dd1, or ask for --row teacher")
+    most = len(workspace.config.dd1.start_positions)
+    steps = most if arguments.steps == ALL else arguments.steps or 1
+    if steps > most:
+        raise CommandError(f"--steps {steps}: dd1.start_positions {workspace.config.dd1.start_positions} allow {most}")
+    return row, steps
+
+
+def _draw(workspace: Workspace, row: str, steps: int, protocol: Protocol, seed: int) -> Tensor:
+    """uint8 images (N, I, H, W)."""
+    from ddops.evaluation.rows import sample_dd1, sample_teacher_row
+    from ddops.models.weights import load_student, load_teacher
+
+    teacher = load_teacher(workspace.tokenizer, workspace.transformer)
+    if row == "teacher":
+        return sample_teacher_row(teacher, workspace.config.teacher.sampling, protocol, seed)
+    student = load_student(workspace.student)
+    return sample_dd1(student, teacher, workspace.config.dd1, steps, protocol, seed)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _steps(text: str) -> int | str:
+    return ALL if text == ALL else _positive(text)

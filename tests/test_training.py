@@ -1,0 +1,315 @@
+"""The training loop: a run that was killed and resumed ends with the bytes of one that was not, and its schedules."""
+
+import itertools
+import logging
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from ddops.config.load import load_config
+from ddops.config.stages import TrainingConfig
+from ddops.stages import paths
+from ddops.stages.features import features as features_stage
+from ddops.training import schedule
+from ddops.training.checkpoint import CheckpointFile
+from ddops.training.loop import TrainingDiverged, train
+from ddops.training.schedule import batch_indices, ema_decay, learning_rate
+from tiny import contents, kill_stage_in, write_tiny_params
+
+SETTINGS = {
+    "steps": 24,
+    "batch_size": 5,
+    "learning_rate": 0.05,
+    "final_learning_rate": 0.001,
+    "warmup_steps": 3,
+    "betas": (0.9, 0.99),
+    "weight_decay": 0.1,
+    "gradient_clip": 1.0,
+    "ema_decay": 0.9,
+    "log_every": 3,
+    "checkpoint_every": 4,
+}
+DATASET_SIZE = 13
+
+
+def training(**changes):
+    return TrainingConfig(**{**SETTINGS, **changes})
+
+
+def new_model():
+    """With weights, biases, a buffer that changes and dropout, so that nothing which a run depends on is left out."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 1))
+
+
+def objective(model, indices_B, step):
+    x = torch.linspace(-1, 1, DATASET_SIZE * 3).view(DATASET_SIZE, 3)[indices_B]
+    loss = (model(x + 0.1 * torch.randn_like(x)) - x.prod(1, keepdim=True)).square().mean()
+    return {"loss": loss, "size": loss.sqrt()}
+
+
+class Killed(BaseException):
+    """Not an Exception, so that nothing tidies up after it."""
+
+
+def dying_at(step_of_death, exception=Killed):
+    def mortal(model, indices_B, step):
+        if step == step_of_death:
+            raise exception
+        return objective(model, indices_B, step)
+
+    return mortal
+
+
+def run(directory, objective=objective, *, fingerprint="this run", config=None, **options):
+    """Train in a directory; the bytes of the weights and of every curve file."""
+    state = train(
+        new_model(),
+        objective,
+        config=config or training(),
+        seed=7,
+        dataset_size=DATASET_SIZE,
+        checkpoint=CheckpointFile(directory / "state.pt", fingerprint),
+        curves_dir=directory / "curves",
+        description="toy",
+        **options,
+    )
+    return save(state), contents(directory / "curves")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def test_a_run_writes_curves_of_every_value(uninterrupted):
+    curves = uninterrupted[1]
+    tables = {name.rpartition("/")[2]: text.decode() for name, text in curves.items() if name.endswith(".tsv")}
+    assert sorted(tables) == ["gradient_norm.tsv", "loss.tsv", "size.tsv"]
+    steps = [line.split("\t")[0] for line in tables["loss.tsv"].splitlines()]
+    assert steps == ["step", *map(str, range(3, 25, 3))]
+
+
+def test_training_trains(uninterrupted):
+    values = [float(line.split(b"\t")[1]) for line in uninterrupted[1]["plots/metrics/loss.tsv"].splitlines()[1:]]
+    assert values[-1] < 0.5 * values[0]
+
+
+@pytest.mark.parametrize("death", [1, 4, 9, 23], ids=lambda step: f"killed at step {step}")
+def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, death, caplog):
+    """Killed before the first checkpoint, right after one, between two (curve points past it), at the last step."""
+    with pytest.raises(Killed):
+        run(tmp_path, dying_at(death))
+    with caplog.at_level(logging.INFO):
+        assert run(tmp_path) == uninterrupted
+    checkpointed = death // 4 * 4
+    assert (f"toy: resuming at step {checkpointed} of 24" in caplog.text) == (checkpointed > 0)
+
+
+def test_a_run_killed_again_and_again_still_equals_uninterrupted(tmp_path, uninterrupted):
+    for death in (6, 10, 11, 19):
+        with pytest.raises(Killed):
+            run(tmp_path, dying_at(death))
+    assert run(tmp_path) == uninterrupted
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path, uninterrupted):
+    """The teacher stage relies on it: killed in its second part, it passes through the first at once."""
+    assert run(tmp_path) == uninterrupted
+    assert run(tmp_path, dying_at(0)) == uninterrupted
+
+
+def test_what_looks_on_does_not_change_the_run(tmp_path, uninterrupted):
+    """An evaluation in between that draws random numbers leaves the weights as they are, and joins the curves."""
+    weights, curves = run(tmp_path, evaluate=lambda model: {"fid": float(torch.rand(()))}, evaluate_every=6)
+    assert weights == uninterrupted[0]
+    steps = [line.split(b"\t")[0] for line in curves["plots/metrics/fid.tsv"].splitlines()[1:]]
+    assert steps == [b"6", b"12", b"18", b"24"]
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path, uninterrupted, caplog):
+    with pytest.raises(Killed):
+        run(tmp_path, dying_at(9), fingerprint="another run", config=training(learning_rate=0.2))
+    with caplog.at_level(logging.INFO):
+        assert run(tmp_path) == uninterrupted
+    assert "belongs to a run with other settings or inputs: starting anew" in caplog.text
+    assert "resuming" not in caplog.text
+
+
+@pytest.mark.parametrize("left", [0, 10, 0.5, -1], ids=lambda left: f"cut to {left}")
+def test_a_truncated_checkpoint_starts_anew_and_says_so(tmp_path, uninterrupted, left, caplog):
+    with pytest.raises(Killed):
+        run(tmp_path, dying_at(9))
+    whole = (tmp_path / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(whole[: int(left * len(whole)) if 0 < left < 1 else left])
+    assert run(tmp_path) == uninterrupted
+    assert f"{tmp_path / 'state.pt'} is damaged" in caplog.text
+    assert "starting this stage anew" in caplog.text
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"step": 3}], ids=["a list", "no fingerprint"])
+def test_a_torch_file_that_is_not_a_checkpoint_is_not_resumed(tmp_path, content):
+    torch.save(content, tmp_path / "state.pt")
+    assert CheckpointFile(tmp_path / "state.pt", "this run").load() is None
+
+
+class Malicious:
+    """Unpickled the ordinary way, this makes a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path, caplog):
+    torch.save({"fingerprint": "this run", "model": Malicious(tmp_path / "proof")}, tmp_path / "state.pt")
+    assert CheckpointFile(tmp_path / "state.pt", "this run").load() is None
+    assert "starting this stage anew" in caplog.text
+    assert not (tmp_path / "proof").exists()
+    torch.load(tmp_path / "state.pt", weights_only=False)
+    assert (tmp_path / "proof").is_dir(), "the file is harmless, so the test above proves nothing"
+
+
+def test_writing_a_checkpoint_that_fails_keeps_the_one_before(tmp_path):
+    checkpoint = CheckpointFile(tmp_path / "state.pt", "this run")
+    checkpoint.save({"step": 1})
+    with pytest.raises((AttributeError, TypeError)):
+        checkpoint.save({"step": lambda: None})
+    assert checkpoint.load() == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_path, uninterrupted, bad):
+    """NaN at step 6, the next checkpoint due at 8, the next curve point at 9: no poisoned state may reach the disk."""
+
+    def diverging(model, indices_B, step):
+        values = objective(model, indices_B, step)
+        return {**values, "loss": values["loss"] * bad} if step == 6 else values
+
+    with pytest.raises(TrainingDiverged, match=r"toy: not a number at step 8: .* Lower the learning_rate"):
+        run(tmp_path, diverging)
+    state = CheckpointFile(tmp_path / "state.pt", "this run").load()
+    assert state is not None
+    assert state["step"] == 4
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert run(tmp_path) == uninterrupted
+
+
+def test_weight_decay_is_on_matrices_alone(tmp_path):
+    model = new_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = training(ema_decay=0.0, learning_rate=0.1, final_learning_rate=0.1, warmup_steps=0, steps=3)
+
+    def indifferent(model, indices_B, step):
+        return {"loss": sum(parameter.sum() for parameter in model.parameters()) * 0.0}
+
+    checkpoint = CheckpointFile(tmp_path / "state.pt", "")
+    common = {"seed": 0, "dataset_size": 9, "checkpoint": checkpoint, "curves_dir": tmp_path / "c", "description": "-"}
+    after = train(model, indifferent, config=config, **common)
+    for name, value in before.items():
+        if not value.is_floating_point():
+            continue
+        shrink = (1 - 0.1 * 0.1) ** 3 if name.endswith("weight") and value.ndim == 2 else 1.0
+        torch.testing.assert_close(after[name], value * shrink, atol=1e-7, rtol=1e-6)
+
+
+def test_the_result_is_the_moving_average_of_the_weights(tmp_path):
+    """Against the recursion in float64, with the decay min(0.9, (1 + k) / (10 + k)); buffers are copied."""
+    seen = []
+
+    def spying(model, indices_B, step):
+        seen.append({name: value.double().clone() for name, value in model.state_dict().items()})
+        return objective(model, indices_B, step)
+
+    run(tmp_path, spying)
+    state = CheckpointFile(tmp_path / "state.pt", "this run").load()
+    weights = [*seen[1:], {name: value.double() for name, value in state["model"].items()}]
+    for name, expected in seen[0].items():
+        for k, current in enumerate(weights):
+            decay = min(0.9, (1 + k) / (10 + k)) if "running" not in name and "batches" not in name else 0.0
+            expected = decay * expected + (1 - decay) * current[name]
+        torch.testing.assert_close(state["ema"][name].double(), expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(state["ema"]["0.weight"], state["model"]["0.weight"])
+
+
+# schedules
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_learning_rate_warms_up_linearly_and_falls_like_a_cosine(warmup):
+    config = training(steps=100, warmup_steps=warmup, learning_rate=3e-3, final_learning_rate=1e-4)
+    for step in range(100):
+        if step < warmup:
+            expected = 3e-3 * (step + 1) / warmup
+        else:
+            expected = 1e-4 + (3e-3 - 1e-4) * math.cos(math.pi / 2 * (step - warmup) / (100 - warmup)) ** 2
+        assert learning_rate(config, step) == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(config, 100) == pytest.approx(1e-4)
+
+
+def test_warm_up_to_the_last_step_divides_by_nothing():
+    config = training(steps=10, warmup_steps=10)
+    assert [learning_rate(config, step) for step in (0, 9)] == pytest.approx([0.005, 0.05])
+
+
+def test_ema_decay_starts_low_and_ends_as_configured():
+    config = training(ema_decay=0.95)
+    assert [ema_decay(config, step) for step in (0, 1, 8)] == pytest.approx([1 / 10, 2 / 11, 9 / 18])
+    assert ema_decay(config, 10_000) == 0.95
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(5, 13), (13, 13), (30, 13), (4, 12)])
+def test_every_epoch_is_a_permutation_and_batches_run_on_over_epochs(batch_size, size):
+    stream = np.concatenate([batch_indices(3, step, batch_size, size).numpy() for step in range(24)])
+    assert len(stream) == 24 * batch_size
+    epochs = stream[: len(stream) // size * size].reshape(-1, size)
+    assert (np.sort(epochs, axis=1) == np.arange(size)).all()
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone(monkeypatch):
+    """Whatever was asked for before, and so whatever the cache of permutations holds."""
+    forwards = [batch_indices(3, step, 5, 13) for step in range(20)]
+    backwards = [batch_indices(3, step, 5, 13) for step in reversed(range(20))][::-1]
+    monkeypatch.setattr(schedule, "_permutations", {})
+    cold = []
+    for step in range(20):
+        schedule._permutations.clear()
+        cold.append(batch_indices(3, step, 5, 13))
+    for triple in zip(forwards, backwards, cold, strict=True):
+        assert all(torch.equal(a, b) for a, b in itertools.pairwise(triple))
+    assert not torch.equal(batch_indices(4, 0, 5, 13), forwards[0])
+
+
+# a real stage, killed as the kernel kills
+
+
+def test_a_stage_killed_with_sigkill_ends_with_the_same_bytes(tmp_path, monkeypatch, caplog):
+    """`python -m ddops.stages.features`, dead as its second checkpoint was to take its place, then run again."""
+    small = ["steps=20", "checkpoint_every=6", "log_every=4", "batch_size=16", "warmup_steps=2"]
+    overrides = [*(f"features.training.{setting}" for setting in small), "features.channels=4"]
+    workspaces = whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for workspace in workspaces:
+        write_tiny_params(workspace, *overrides)
+    kill_stage_in(killed, "features", suffix=".pt", number=2)
+    assert (killed / paths.STATE / "classifier.pt").exists()
+    assert not (killed / paths.CLASSIFIER).exists()
+
+    config = load_config(killed / "params.yaml")
+    for workspace in workspaces:
+        monkeypatch.chdir(workspace)
+        with caplog.at_level(logging.INFO):
+            features_stage(config.seed, config.features)
+        assert ("classifier: resuming at step 6 of 20" in caplog.text) == (workspace == killed)
+    for directory in ("artifacts", "reports"):
+        assert contents(whole / directory)
+        assert contents(killed / directory) == contents(whole / directory)
+    assert not (killed / paths.STATE / "classifier.pt").exists()
