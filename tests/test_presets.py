@@ -164,7 +164,7 @@ def test_plan_of_a_trained_preset(capsys: pytest.CaptureFixture[str]) -> None:
     text = planned("digits", capsys)
     assert "train the digits classifier" in text
     assert "download" not in text
-    assert "issue 6" not in text
+    assert "not built yet" not in text
 
 
 def test_plan_of_no_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ def test_the_stages_go_straight_from_a_released_student_to_where_inception_is_mi
         lambda: sample.sample(config.teacher, config.trajectories, config.dd1, config.evaluate),
         lambda: evaluate.evaluate(config.evaluate),
     ):
-        with pytest.raises(StageError, match=r"not built yet \(issue 6\)"):
+        with pytest.raises(StageError, match=r"not built yet"):
             run()
 
 
@@ -257,6 +257,7 @@ def written(content: bytes) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(world: World, legacy: bool) -> None:
     value = {"model": RunsCode()}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from ddops.data import digits
@@ -155,4 +156,7 @@ def test_the_data_are_the_1797_digits_in_range():
     assert data.images_NIHW.shape == (1797, 1, 8, 8)
     assert (data.images_NIHW.min(), data.images_NIHW.max()) == (-1, 1)
     assert len(data.images_NIHW.unique()) == 17
+    package = load_digits()
+    assert torch.equal(data.labels_N, torch.from_numpy(package.target).long())
+    assert torch.equal(data.images_NIHW[:, 0], torch.from_numpy(package.images).float() / 8 - 1)
     assert data.labels_N.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

@@ -17,7 +17,8 @@ from ddops.stages import paths
 from ddops.stages.features import features as features_stage
 from ddops.training import schedule
 from ddops.training.checkpoint import CheckpointFile
-from ddops.training.loop import TrainingDiverged, train
+from ddops.training.errors import TrainingDiverged
+from ddops.training.loop import train
 from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 from tiny import contents, kill_stage_in, write_tiny_params
 

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     scale = max(1, SMALLEST_TILE // config.teacher.model.image_size)
     save_png(grid(images_NIHW, columns, scale=scale), arguments.grid)
     shown = f"{len(labels_N)} image{'s' if len(labels_N) > 1 else ''} of classes {', '.join(map(str, classes))}"
-    print(f"{arguments.grid}: {shown}; {config.preset}, {row}, {steps} steps, seed {arguments.seed}, {seconds:.1f} s")
+    print(f"{arguments.grid}: {shown}; {config.preset}, {row}, steps: {steps}, seed {arguments.seed}, {seconds:.1f} s")
 
 
 def _choose(arguments: argparse.Namespace, workspace: Workspace) -> tuple[str, int]:

@@ -1,24 +1,20 @@
-"""What every stage's command line does: read its sections of the configuration, run, and fail in plain words."""
+"""What every stage's command line does: read its sections of the configuration, run, and fail in plain words.
+
+Loads no torch, so that the stages which only read figures start at once.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from pydantic import TypeAdapter
 
 from ddops.config.load import ConfigError, load_config
-from ddops.files import sha256_file, sha256_json
 from ddops.models.errors import CheckpointError
 from ddops.stages import paths
-from ddops.training.checkpoint import CheckpointFile
-from ddops.training.loop import TrainingDiverged
+from ddops.training.errors import TrainingDiverged
 from ddops.trajectories.shards import DatasetError
 
 Stage = Callable[..., None]
@@ -67,17 +63,3 @@ def require(path: Path, stage: str) -> Path:
     if not path.exists():
         raise StageError(f"{path} is missing: it is made by the stage {stage} (dvc repro {stage})")
     return path
-
-
-def checkpoint_file(name: str, settings: Iterable[Any], inputs: Iterable[Path] = ()) -> CheckpointFile:
-    """The checkpoint of a training run that depends on ``settings`` (plain values, configs) and input files."""
-    described = [_plain(value) for value in settings]
-    hashes = [sha256_file(path) for path in inputs]
-    versions = {"torch": torch.__version__}
-    return CheckpointFile(paths.STATE / f"{name}.pt", sha256_json([name, described, hashes, versions]))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return TypeAdapter(type(value)).dump_python(value, mode="json")
-    return value

@@ -28,7 +28,8 @@ from ddops.models.registry import build_student
 from ddops.models.weights import STUDENT, load_metadata, load_teacher, save_weights
 from ddops.models.weights import TRANSFORMER as TRANSFORMER_KIND
 from ddops.stages import paths
-from ddops.stages.common import checkpoint_file, require, run_stage
+from ddops.stages.checkpoints import checkpoint_file
+from ddops.stages.common import require, run_stage
 from ddops.training.loop import seeded, train
 from ddops.trajectories.dataset import TrajectoryDataset
 from ddops.trajectories.shards import MANIFEST

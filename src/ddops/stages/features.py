@@ -8,7 +8,8 @@ from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.files import write_json
 from ddops.pretrain.classifier import accuracy, classifier_objective, split
 from ddops.stages import paths
-from ddops.stages.common import checkpoint_file, inception_not_built, run_stage
+from ddops.stages.checkpoints import checkpoint_file
+from ddops.stages.common import inception_not_built, run_stage
 from ddops.training.loop import seeded, train
 
 

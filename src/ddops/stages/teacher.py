@@ -13,7 +13,8 @@ from ddops.models.registry import build_teacher, build_tokenizer
 from ddops.models.weights import TOKENIZER, TRANSFORMER, save_weights
 from ddops.pretrain.teacher import reseed_schedule, teacher_objective, tokenizer_objective
 from ddops.stages import paths
-from ddops.stages.common import checkpoint_file, run_stage
+from ddops.stages.checkpoints import checkpoint_file
+from ddops.stages.common import run_stage
 from ddops.training.checkpoint import CheckpointFile
 from ddops.training.loop import seeded, train
 

@@ -20,16 +20,13 @@ from tqdm import tqdm
 from ddops.config.stages import TrainingConfig
 from ddops.training.checkpoint import CheckpointFile
 from ddops.training.curves import Curves
+from ddops.training.errors import TrainingDiverged
 from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 
 log = logging.getLogger(__name__)
 
 MAX_SEED = 2**63
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss stopped being a number. The last checkpoint is kept."""
 
 
 class Objective(Protocol):

@@ -1,0 +1,7 @@
+"""Errors of training, apart from the loop so that what only reports them need not load torch."""
+
+from __future__ import annotations
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss stopped being a number. The last checkpoint is kept."""
