@@ -14,7 +14,9 @@ from torch import nn
 from ddops.config.load import load_config
 from ddops.config.stages import TrainingConfig
 from ddops.stages import paths
+from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.features import features as features_stage
+from ddops.stages.teacher import teacher as teacher_stage
 from ddops.training import schedule
 from ddops.training.checkpoint import CheckpointFile
 from ddops.training.errors import TrainingDiverged
@@ -290,27 +292,59 @@ def test_a_batch_is_a_function_of_seed_and_step_alone(monkeypatch):
     assert not torch.equal(batch_indices(4, 0, 5, 13), forwards[0])
 
 
-# a real stage, killed as the kernel kills
+# real stages, killed as the kernel kills
 
 
-def test_a_stage_killed_with_sigkill_ends_with_the_same_bytes(tmp_path, monkeypatch, caplog):
-    """`python -m ddops.stages.features`, dead as its second checkpoint was to take its place, then run again."""
-    small = ["steps=20", "checkpoint_every=6", "log_every=4", "batch_size=16", "warmup_steps=2"]
-    overrides = [*(f"features.training.{setting}" for setting in small), "features.channels=4"]
+SHORT = ["batch_size=16", "warmup_steps=2", "log_every=2", "checkpoint_every=3"]
+KILLS = {
+    "features": ("features", 2, "classifier: resuming at step 3 of 8", paths.CLASSIFIER),
+    "teacher, in its tokenizer": ("teacher", 2, "tokenizer: resuming at step 3 of 8", paths.TOKENIZER),
+    "teacher, in its transformer": ("teacher", 5, "teacher: resuming at step 3 of 8", paths.TOKENIZER),
+}
+"""The stage, the checkpoint that dies as it was to take its place (three a training), what resuming says, a result."""
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_stage_killed_with_sigkill_ends_with_the_same_bytes(kill, tmp_path, monkeypatch, caplog):
+    """`python -m ddops.stages.<stage>`, dead in the middle of its work, then run again."""
+    stage, number, message, result = KILLS[kill]
+    trainings = ("features.training", "teacher.tokenizer_training", "teacher.training")
+    overrides = [f"{training}.{setting}" for training in trainings for setting in ("steps=8", *SHORT)]
     workspaces = whole, killed = tmp_path / "whole", tmp_path / "killed"
     for workspace in workspaces:
-        write_tiny_params(workspace, *overrides)
-    kill_stage_in(killed, "features", suffix=".pt", number=2)
-    assert (killed / paths.STATE / "classifier.pt").exists()
-    assert not (killed / paths.CLASSIFIER).exists()
+        write_tiny_params(workspace, *overrides, "features.channels=4")
+    kill_stage_in(killed, stage, suffix=".pt", number=number)
+    assert not (killed / result).exists()
 
     config = load_config(killed / "params.yaml")
     for workspace in workspaces:
         monkeypatch.chdir(workspace)
         with caplog.at_level(logging.INFO):
-            features_stage(config.seed, config.features)
-        assert ("classifier: resuming at step 6 of 20" in caplog.text) == (workspace == killed)
+            if stage == "features":
+                features_stage(config.seed, config.features)
+            else:
+                teacher_stage(config.seed, config.teacher)
+        assert (message in caplog.text) == (workspace == killed)
     for directory in ("artifacts", "reports"):
         assert contents(whole / directory)
         assert contents(killed / directory) == contents(whole / directory)
-    assert not (killed / paths.STATE / "classifier.pt").exists()
+    assert not list((killed / paths.STATE).glob("*.pt"))
+
+
+def test_a_checkpoint_belongs_to_its_settings_and_inputs(tmp_path):
+    """All that a run depends on is in the fingerprint: a changed seed, setting or input file is another run."""
+    config = training()
+    (tmp_path / "teacher").write_bytes(b"one teacher")
+    (tmp_path / "other").write_bytes(b"another teacher")
+
+    def fingerprint(name="dd1", seed=0, settings=config, teacher="teacher"):
+        return checkpoint_file(name, [seed, settings], [tmp_path / teacher]).fingerprint
+
+    assert fingerprint(settings=training()) == fingerprint()
+    others = [
+        fingerprint(name="dd2"),
+        fingerprint(seed=1),
+        fingerprint(settings=training(learning_rate=0.06)),
+        fingerprint(teacher="other"),
+    ]
+    assert len({fingerprint(), *others}) == 5
