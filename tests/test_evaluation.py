@@ -48,7 +48,8 @@ def test_fid_is_the_closed_form_for_gaussians(count):
     """Also for few samples, whose covariance is all but singular, and for more than one batch of 512."""
     classifier, samples, reference = classifier_of(0), images(count, 1, low=64), images(600, 2)
     expected = closed_form(classifier, samples, reference)
-    assert make_fid(classifier, reference)(samples) == pytest.approx(expected, rel=1e-4)
+    # In float32 the statistics alone would be off by several 1e-6.
+    assert make_fid(classifier, reference)(samples) == pytest.approx(expected, rel=1e-6)
     assert expected > 1e-4
 
 
