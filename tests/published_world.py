@@ -79,7 +79,8 @@ def build(root: Path, hub: Hub, monkeypatch: Any) -> World:
         preset = {
             "defaults": [BASES[family]],
             "preset": f"tiny_{family}",
-            "teacher": {"model": json.loads(json.dumps(dataclasses.asdict(model))), "sampling": SAMPLING[family]},
+            "teacher": {"model": json.loads(json.dumps(dataclasses.asdict(model)))},
+            "sampling": SAMPLING[family],
             "dd1": SCHEDULES[family],
         }
         text = "# @package _global_\n" + yaml.safe_dump(preset, sort_keys=False)

@@ -143,11 +143,11 @@ WRONG_VALUES = [
     ("dd1.training.final_learning_rate", 1.0, "final_learning_rate must not exceed learning_rate"),
     ("dd1.training.warmup_steps", 10**6, "dd1.training.warmup_steps 1000000 exceed steps"),
     ("dd1.training.betas", [0.9, 1.0], "dd1.training.betas.1: Input should be less than 1, got 1.0"),
-    ("teacher.sampling.guidance", math.nan, "teacher.sampling.guidance: Input should be a finite number, got nan"),
-    ("teacher.sampling.guidance", math.inf, "teacher.sampling.guidance: Input should be a finite number, got inf"),
-    ("teacher.sampling.guidance", -0.5, "teacher.sampling.guidance: Input should be greater than or equal to 0"),
-    ("teacher.sampling.top_k", 65, "teacher.sampling.top_k 65 exceeds the codebook's 64 codes"),
-    ("teacher.sampling.top_p", 0.0, "teacher.sampling.top_p: Input should be greater than 0"),
+    ("sampling.guidance", math.nan, "sampling.guidance: Input should be a finite number, got nan"),
+    ("sampling.guidance", math.inf, "sampling.guidance: Input should be a finite number, got inf"),
+    ("sampling.guidance", -0.5, "sampling.guidance: Input should be greater than or equal to 0"),
+    ("sampling.top_k", 65, "sampling.top_k: 65 exceeds the codebook's 64 codes"),
+    ("sampling.top_p", 0.0, "sampling.top_p: Input should be greater than 0"),
     ("teacher.label_dropout", 1.5, "teacher.label_dropout: Input should be less than or equal to 1, got 1.5"),
     ("teacher.model.image_size", 9, "teacher.model.image_size 9 is not the latent's side 4 times the downsampling 2"),
     ("teacher.model.heads", 5, "teacher.model.width 96 must be a multiple of heads 5 x 4"),
@@ -181,7 +181,7 @@ def test_start_positions_of_var_are_counted_in_levels():
     assert f"dd1.start_positions: {levels} is past the end, the teacher has {levels} levels" in refused
 
 
-@pytest.mark.parametrize("key", ["features", "dd1", "seed", "dd1.training.steps", "teacher.sampling.guidance"])
+@pytest.mark.parametrize("key", ["features", "dd1", "seed", "dd1.training.steps", "sampling.guidance"])
 def test_a_missing_section_or_key_is_named(composed, key):
     values = copy.deepcopy(composed)
     section, name = at(values, key)

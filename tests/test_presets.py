@@ -127,7 +127,7 @@ def test_training_and_released_students_share_the_published_schedule(name: str) 
     ],
 )
 def test_sampling_settings(preset: str, guidance: float, top_k: int, top_p: float) -> None:
-    sampling = config_of(preset).teacher.sampling
+    sampling = config_of(preset).sampling
     assert (sampling.guidance, sampling.top_k, sampling.top_p) == (guidance, top_k, top_p)
 
 

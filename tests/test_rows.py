@@ -30,7 +30,7 @@ def sampler(row, family):
     """(protocol, seed) -> images of a row, with the untrained models of a family."""
     config = tiny(family, STEPS, "trajectories.evaluations=12")
     teacher, student = untrained(family)
-    sampling = config.teacher.sampling
+    sampling = config.sampling
     return {
         "teacher": lambda *which: rows.sample_teacher_row(teacher, sampling, *which),
         "teacher_flow": lambda *which: rows.sample_flow_row(teacher, sampling, config.trajectories, *which),
@@ -127,7 +127,7 @@ def test_a_perfect_student_draws_the_flow_maps_images(family):
 
     noise = rows.sample_noise(7, np.arange(8), teacher, 8)
     pick = flow_picker(teacher.layout, teacher.codebook_VC, noise, solver="multistep", evaluations=12)
-    oracle = Oracle(teacher, sample_teacher(teacher, LABELS, config.teacher.sampling, pick))
+    oracle = Oracle(teacher, sample_teacher(teacher, LABELS, config.sampling, pick))
     for steps in (1, 2):
         drawn = rows.sample_dd1(oracle, teacher, config.dd1, steps, protocol, 7)
         assert (drawn.int() - expected.int()).abs().max() <= 1

@@ -34,7 +34,7 @@ def make(directory, family="llamagen", *, teacher_sha256="teacher", seed=SEED, *
     generate(
         teacher,
         replace(config.trajectories, **changes),
-        config.teacher.sampling,
+        config.sampling,
         seed=seed,
         teacher_sha256=teacher_sha256,
         directory=directory,
@@ -81,7 +81,7 @@ def test_stored_ids_are_where_the_flow_takes_the_noise(family, tmp_path):
     teacher, _ = untrained(family)
     dataset = TrajectoryDataset(make(tmp_path, family), CODE_DIM)
     batch = dataset.batch(torch.arange(5))
-    session = teacher.open(batch.labels_B, config.teacher.sampling)
+    session = teacher.open(batch.labels_B, config.sampling)
     for level in range(teacher.layout.num_levels):
         positions = teacher.layout.positions(level)
         noise_NC, log_p_NV = batch.noise_BLC[:, positions].flatten(0, 1), session.next_log_probs().flatten(0, 1)
@@ -99,7 +99,7 @@ def test_stored_ids_agree_with_the_teachers_parallel_pass(family, tmp_path):
     batch = dataset.batch(torch.arange(len(dataset)))
     cond_BLV = teacher.logits(batch.labels_B, batch.ids_BL)
     uncond_BLV = teacher.logits(torch.full_like(batch.labels_B, 10), batch.ids_BL)
-    layout, guidance = teacher.layout, config.teacher.sampling.guidance
+    layout, guidance = teacher.layout, config.sampling.guidance
     scale_L = torch.tensor([teacher.guidance_scale(guidance, int(level)) for level in layout.level_of_position()])
     log_p_BLV = (uncond_BLV + scale_L[:, None] * (cond_BLV - uncond_BLV)).log_softmax(-1)
     ids_N = flow_map(batch.noise_BLC.flatten(0, 1), log_p_BLV.flatten(0, 1), teacher.codebook_VC, evaluations=12)
@@ -182,7 +182,7 @@ def test_generation_killed_with_sigkill_ends_with_the_same_bytes(tmp_path, monke
 
     for name in ("whole", "killed"):
         monkeypatch.chdir(tmp_path / name)
-        trajectories_stage(SEED, config.teacher, config.trajectories)
+        trajectories_stage(SEED, config.sampling, config.trajectories)
     assert contents(directory) == contents(tmp_path / "whole" / paths.TRAJECTORIES)
     assert all(times(directory)[name] == before[name] for name in NAMES[:2])
 

@@ -22,7 +22,7 @@ PARAMS = ROOT / "params"
 SIZES = [
     *("teacher.model.depth=1", "teacher.model.width=32", "teacher.model.heads=2"),
     *("teacher.model.codebook_size=64", "teacher.model.code_dim=8"),
-    *("teacher.sampling.guidance=1.5", "teacher.sampling.temperature=1.0", "dd1.start_positions=[0,2]"),
+    *("sampling.guidance=1.5", "sampling.temperature=1.0", "dd1.start_positions=[0,2]"),
 ]
 """Pinned, so that tuning the presets changes no test."""
 FAMILIES = {

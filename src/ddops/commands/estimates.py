@@ -86,7 +86,7 @@ class Measured:
 
 def measure(config: Config) -> Measured:
     """Build the models without allocating them, and count."""
-    model, sampling = config.teacher.model, config.teacher.sampling
+    model, sampling = config.teacher.model, config.sampling
     with torch.device("meta"), torch.no_grad():
         teacher, student = build_teacher(model), build_student(model)
         layout = teacher.layout

@@ -36,7 +36,7 @@ def describe(config: Config, device_name: str) -> str:
 def _models(config: Config, measured: Measured) -> list[str]:
     rows = {"transformer": measured.transformer, "tokenizer": measured.tokenizer, "DD1 student": measured.student}
     lines = [_model(name, size) for name, size in rows.items()]
-    levels, sampling = len(config.teacher.model.level_sizes), config.teacher.sampling
+    levels, sampling = len(config.teacher.model.level_sizes), config.sampling
     settings = f"guidance {sampling.guidance:g}, top-k {sampling.top_k or 'off'}, top-p {sampling.top_p:g}"
     return [
         "Models (exact)",

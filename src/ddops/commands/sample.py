@@ -90,7 +90,7 @@ def _draw(workspace: Workspace, row: str, steps: int, protocol: Protocol, seed: 
 
     teacher = load_teacher(workspace.tokenizer, workspace.transformer)
     if row == "teacher":
-        return sample_teacher_row(teacher, workspace.config.teacher.sampling, protocol, seed)
+        return sample_teacher_row(teacher, workspace.config.sampling, protocol, seed)
     student = load_student(workspace.student)
     return sample_dd1(student, teacher, workspace.config.dd1, steps, protocol, seed)
 

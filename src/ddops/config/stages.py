@@ -110,13 +110,6 @@ class TeacherCommon:
     """What every teacher is told, wherever its weights come from."""
 
     model: ModelConfig
-    sampling: SamplingConfig
-
-    def __post_init__(self) -> None:
-        if self.sampling.top_k > self.model.codebook_size:
-            raise ValueError(
-                f"sampling.top_k {self.sampling.top_k} exceeds the codebook's {self.model.codebook_size} codes"
-            )
 
 
 @config
@@ -283,6 +276,7 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     features: FeaturesConfig
     teacher: TeacherConfig
+    sampling: SamplingConfig
     trajectories: TrajectoriesConfig
     dd1: DD1Config
     evaluate: EvaluateConfig
@@ -292,6 +286,9 @@ class Config:
     def __post_init__(self) -> None:
         levels = len(self.teacher.model.level_sizes)
         unit = "tokens" if max(self.teacher.model.level_sizes) == 1 else "levels"
+        codes = self.teacher.model.codebook_size
+        if self.sampling.top_k > codes:
+            raise ValueError(f"sampling.top_k: {self.sampling.top_k} exceeds the codebook's {codes} codes")
         if self.dd1.start_positions[-1] >= levels:
             raise ValueError(
                 f"dd1.start_positions: {self.dd1.start_positions[-1]} is past the end, the teacher has {levels} {unit}"

@@ -8,7 +8,8 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from ddops.config.stages import DD1Config, DigitsEvaluateConfig, EvaluateConfig, TeacherConfig, TrajectoriesConfig
+from ddops.config.models import SamplingConfig
+from ddops.config.stages import DD1Config, DigitsEvaluateConfig, EvaluateConfig, TrajectoriesConfig
 from ddops.data import digits
 from ddops.evaluation import rows
 from ddops.evaluation.images import grid, save_png, to_uint8
@@ -23,7 +24,9 @@ from ddops.trajectories.dataset import TrajectoryDataset
 GRID_SCALE = 6
 
 
-def sample(teacher: TeacherConfig, trajectories: TrajectoriesConfig, dd1: DD1Config, evaluate: EvaluateConfig) -> None:
+def sample(
+    sampling: SamplingConfig, trajectories: TrajectoriesConfig, dd1: DD1Config, evaluate: EvaluateConfig
+) -> None:
     """Write ``data/samples/<row>.safetensors`` (uint8 images a seed) and ``reports/grids/<row>.png``.
 
     Raises:
@@ -35,7 +38,7 @@ def sample(teacher: TeacherConfig, trajectories: TrajectoriesConfig, dd1: DD1Con
     model = load_teacher(require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher"))
     student = load_student(require(paths.DD1_STUDENT, "distill_dd1"))
     protocol = rows.Protocol(data.labels_N, evaluate.samples_per_image * len(data), evaluate.batch_size)
-    samplers = _samplers(model, student, teacher, trajectories, dd1, protocol)
+    samplers = _samplers(model, student, sampling, trajectories, dd1, protocol)
 
     _write_grid("data", to_uint8(data.images_NIHW), data.labels_N, evaluate)
     reconstruction = rows.reconstruct(model, data.images_NIHW, evaluate.batch_size)
@@ -50,7 +53,7 @@ def sample(teacher: TeacherConfig, trajectories: TrajectoriesConfig, dd1: DD1Con
 def _samplers(
     model: Teacher,
     student: Student,
-    teacher: TeacherConfig,
+    sampling: SamplingConfig,
     trajectories: TrajectoriesConfig,
     dd1: DD1Config,
     protocol: rows.Protocol,
@@ -58,8 +61,8 @@ def _samplers(
     dataset = TrajectoryDataset(paths.TRAJECTORIES, model.codebook_VC.shape[1])
     marginals_KLV = token_marginals(dataset.ids_NL.long(), dataset.labels_N, model.num_classes, len(model.codebook_VC))
     samplers: dict[str, Callable[[int], Tensor]] = {
-        rows.TEACHER: lambda seed: rows.sample_teacher_row(model, teacher.sampling, protocol, seed),
-        rows.TEACHER_FLOW: lambda seed: rows.sample_flow_row(model, teacher.sampling, trajectories, protocol, seed),
+        rows.TEACHER: lambda seed: rows.sample_teacher_row(model, sampling, protocol, seed),
+        rows.TEACHER_FLOW: lambda seed: rows.sample_flow_row(model, sampling, trajectories, protocol, seed),
     }
     for steps in range(1, len(dd1.start_positions) + 1):
         samplers[rows.dd1_row(steps)] = lambda seed, steps=steps: rows.sample_dd1(  # type: ignore[misc]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ddops.config.stages import TeacherConfig, TrajectoriesConfig
+from ddops.config.models import SamplingConfig
+from ddops.config.stages import TrajectoriesConfig
 from ddops.files import sha256_file, sha256_json
 from ddops.models.weights import load_teacher
 from ddops.stages import paths
@@ -10,7 +11,7 @@ from ddops.stages.common import require, run_stage
 from ddops.trajectories.generate import generate, write_empty
 
 
-def trajectories(seed: int, teacher: TeacherConfig, trajectories: TrajectoriesConfig) -> None:
+def trajectories(seed: int, sampling: SamplingConfig, trajectories: TrajectoriesConfig) -> None:
     """Generate what is missing of the data set; none at all where the student is a released one."""
     if trajectories.count == 0:
         write_empty(paths.TRAJECTORIES, "trajectories.count is 0: nothing is trained on them")
@@ -19,7 +20,7 @@ def trajectories(seed: int, teacher: TeacherConfig, trajectories: TrajectoriesCo
     generate(
         load_teacher(*files),
         trajectories,
-        teacher.sampling,
+        sampling,
         seed=seed,
         teacher_sha256=sha256_json([sha256_file(file) for file in files]),
         directory=paths.TRAJECTORIES,
