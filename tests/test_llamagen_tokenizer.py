@@ -108,6 +108,16 @@ def test_the_training_pass_reaches_every_weight():
         assert weight.grad.isfinite().all(), name
 
 
+def test_a_patch_encoders_token_depends_on_its_own_patch_alone():
+    torch.manual_seed(0)
+    model = LlamaGenTokenizer(replace(SMALL, autoencoder=replace(SMALL.autoencoder, encoder="patch")))
+    images_BIHW = torch.randn(2, 1, 8, 8)
+    images_BIHW[1] = images_BIHW[0]
+    images_BIHW[1, 0, 2:4, 6:8] += 1
+    features_BLC = model.features(images_BIHW)
+    assert (features_BLC[0] != features_BLC[1]).any(-1).nonzero().flatten().tolist() == [1 * SMALL.grid + 3]
+
+
 def test_codebook_loss_compares_unit_vectors(tokenizer, tensors):
     x_BLC = F.normalize(to_sequence(tensors["out.enc_h"]), dim=-1)
     expected = 1.25 * F.mse_loss(x_BLC, to_sequence(tensors["out.enc_quant"]))

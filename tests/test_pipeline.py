@@ -27,7 +27,7 @@ pytestmark = pytest.mark.pipeline
 
 ROOT = Path(__file__).parents[1]
 STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
-ROWS = ["data", "reconstruction", "teacher", "teacher_flow", "dd1_1step", "dd1_2step", "onestep_star"]
+ROWS = ["data", "reconstruction", "teacher", "teacher_flow", "dd1_1step", "dd1_2step", "onestep_class", "onestep_star"]
 PATIENCE = 1200
 """Seconds for one command, on a machine that is busy with other things."""
 

@@ -92,7 +92,7 @@ def test_the_page_holds_the_figures(tmp_path):
         ("DD1 student, 2 steps", "2", "5.50", "0.08", "1.09", "94.0 %"),
         ("Teacher, ordinary sampling", "16", "5.06", "0.07", "1.00", "95.5 %"),
         ("Tokenizer reconstruction (the floor)", "-", "2.00", "0.00", "0.40", "99.0 %"),
-        ("onestep*: independent marginals", "1", "113.25", "1.50", "22.37", "25.0 %"),
+        ("onestep*: independent tokens", "1", "113.25", "1.50", "22.37", "25.0 %"),
     ):
         assert f"{title} {steps} {fid} ± {spread} {ratio} {accuracy}" in words
     for fact in (

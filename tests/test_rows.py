@@ -36,11 +36,11 @@ def sampler(row, family):
         "teacher_flow": lambda *which: rows.sample_flow_row(teacher, sampling, config.trajectories, *which),
         "dd1_1step": lambda *which: rows.sample_dd1(student, teacher, config.dd1, 1, *which),
         "dd1_2step": lambda *which: rows.sample_dd1(student, teacher, config.dd1, 2, *which),
-        "onestep_star": lambda *which: rows.sample_onestep_star(teacher, marginals_of(teacher), *which),
+        "onestep_class": lambda *which: rows.sample_independent(teacher, marginals_of(teacher), *which),
     }[row]
 
 
-ROWS = ["teacher", "teacher_flow", "dd1_1step", "dd1_2step", "onestep_star"]
+ROWS = ["teacher", "teacher_flow", "dd1_1step", "dd1_2step", "onestep_class"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,10 +133,10 @@ def test_a_perfect_student_draws_the_flow_maps_images(family):
         assert (drawn.int() - expected.int()).abs().max() <= 1
 
 
-def test_onestep_star_draws_each_class_from_its_own_marginals():
+def test_independent_tokens_draw_each_class_from_its_own_marginals():
     teacher, _ = untrained()
     certain_KL = torch.randint(64, (10, 16), generator=torch.Generator().manual_seed(3))
-    images = rows.sample_onestep_star(teacher, F.one_hot(certain_KL, 64).double(), Protocol(LABELS, 8, 3), 7)
+    images = rows.sample_independent(teacher, F.one_hot(certain_KL, 64).double(), Protocol(LABELS, 8, 3), 7)
     with torch.inference_mode():
         expected = to_uint8(teacher.decode(F.embedding(certain_KL[LABELS], teacher.codebook_VC)))
     assert (images.int() - expected.int()).abs().max() <= 1

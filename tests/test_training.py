@@ -19,14 +19,16 @@ from ddops.stages.features import features as features_stage
 from ddops.stages.teacher import teacher as teacher_stage
 from ddops.training import schedule
 from ddops.training.checkpoint import CheckpointFile
-from ddops.training.errors import TrainingDiverged
-from ddops.training.loop import train
+from ddops.training.errors import ReplicaLost, TrainingDiverged
+from ddops.training.loop import build_optimizers, train
 from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 from tiny import contents, kill_stage_in, write_tiny_params
 
 SETTINGS = {
     "steps": 24,
     "batch_size": 5,
+    "processes": 1,
+    "optimizer": "adamw",
     "learning_rate": 0.05,
     "final_learning_rate": 0.001,
     "warmup_steps": 3,
@@ -348,3 +350,118 @@ def test_a_checkpoint_belongs_to_its_settings_and_inputs(tmp_path):
         fingerprint(teacher="other"),
     ]
     assert len({fingerprint(), *others}) == 5
+
+
+# several processes
+
+
+def smooth_model():
+    """No dropout and no running statistics: what it learns does not depend on how a batch is shared."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1))
+
+
+def smooth_objective(model, indices_B, step):
+    x = torch.linspace(-1, 1, DATASET_SIZE * 3).view(DATASET_SIZE, 3)[indices_B]
+    return {"loss": (model(x) - x.prod(1, keepdim=True)).square().mean()}
+
+
+def train_smooth(directory, on_step=smooth_objective, **changes):
+    return train(
+        smooth_model(),
+        on_step,
+        config=training(batch_size=6, **changes),
+        seed=0,
+        dataset_size=DATASET_SIZE,
+        checkpoint=CheckpointFile(directory / "state.pt", "shared"),
+        curves_dir=directory / "curves",
+        description="shared",
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_that_share_a_batch_compute_what_one_does(tmp_path, processes):
+    """To rounding: the gradient of a batch is the mean of its shares', and so are the values on the curves."""
+    one, several = train_smooth(tmp_path / "one"), train_smooth(tmp_path / "several", processes=processes)
+    for name, value in one.items():
+        torch.testing.assert_close(several[name], value, atol=1e-5, rtol=1e-4)
+    losses = [
+        [row["loss"] for _, row in torch.load(tmp_path / run / "state.pt", weights_only=True)["history"]]
+        for run in ("one", "several")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_processes_resume_to_the_same_bytes(tmp_path):
+    """Killed in the parent alone, in the middle: its replica ends by itself, and the same command goes on."""
+
+    def dying(model, indices_B, step):
+        if step == 10 and os.getpid() == parent:
+            raise Killed
+        (tmp_path / "pids").write_text(str(os.getpid())) if os.getpid() != parent else None
+        return smooth_objective(model, indices_B, step)
+
+    parent = os.getpid()
+    whole = train_smooth(tmp_path / "whole", processes=2)
+    with pytest.raises(Killed):
+        train_smooth(tmp_path / "killed", dying, processes=2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pids").read_text()), 0)
+    resumed = train_smooth(tmp_path / "killed", processes=2)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_a_lost_process_is_named_and_nothing_waits_for_it(tmp_path):
+    def dying(model, indices_B, step):
+        if step == 10 and os.getpid() != parent:
+            os._exit(1)
+        return smooth_objective(model, indices_B, step)
+
+    parent = os.getpid()
+    with pytest.raises(ReplicaLost, match="run the same command again"):
+        train_smooth(tmp_path, dying, processes=2)
+    assert train_smooth(tmp_path, processes=2)
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    """Embeddings, heads, norms and biases are not for Muon (arXiv 2502.16982, section 2)."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "blocks": nn.ModuleList([nn.Linear(4, 4)])})
+    muon, adamw = build_optimizers(model, training(optimizer="muon"))
+    assert isinstance(muon, torch.optim.Muon)
+    assert [p is model["blocks"][0].weight for group in muon.param_groups for p in group["params"]] == [True]
+    rest = [p for group in adamw.param_groups for p in group["params"]]
+    assert {id(p) for p in rest} == {id(model["embedding"].weight), id(model["blocks"][0].bias)}
+    assert len(build_optimizers(model, training(optimizer="adamw"))) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_restores_every_optimizer(tmp_path, optimizer):
+    def blocks():
+        torch.manual_seed(1)
+        return nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1))})
+
+    def on_step(model, indices_B, step):
+        if step == dies_at:
+            raise Killed
+        return smooth_objective(model["blocks"], indices_B, step)
+
+    def go(directory):
+        return train(
+            blocks(),
+            on_step,
+            config=training(optimizer=optimizer),
+            seed=0,
+            dataset_size=DATASET_SIZE,
+            checkpoint=CheckpointFile(directory / "state.pt", "optimizers"),
+            curves_dir=directory / "curves",
+            description="optimizers",
+        )
+
+    dies_at = None
+    whole = go(tmp_path / "whole")
+    dies_at = 14
+    with pytest.raises(Killed):
+        go(tmp_path / "killed")
+    dies_at = None
+    resumed = go(tmp_path / "killed")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())

@@ -121,8 +121,8 @@ def noise_bytes(config: Config, measured: Measured) -> int:
 
 
 def rows(config: Config) -> int:
-    """Rows whose images are drawn once a seed: two of the teacher, one a student step, onestep*."""
-    return 3 + len(config.dd1.start_positions)
+    """Rows whose images are drawn once a seed: two of the teacher, one a student step, two of independent tokens."""
+    return 4 + len(config.dd1.start_positions)
 
 
 def samples(config: Config) -> int:

@@ -17,6 +17,8 @@ class AutoencoderConfig:
     channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     res_blocks: PositiveInt
     """Residual blocks a resolution in the encoder; the decoder has one more."""
+    encoder: Literal["convolutional", "patch"] = "convolutional"
+    """``patch``: a small network on each patch of pixels by itself, so that a token speaks of its own patch only."""
 
     def __post_init__(self) -> None:
         if self.channels % 32:

@@ -21,7 +21,8 @@ TITLES = {
     "teacher_flow": "Teacher through the flow map",
     "dd1_1step": "DD1 student, 1 step",
     "dd1_2step": "DD1 student, 2 steps",
-    "onestep_star": "onestep*: independent marginals",
+    "onestep_class": "independent tokens, marginals of the class",
+    "onestep_star": "onestep*: independent tokens",
 }
 """Rows in the order of the page. A row that is not here is shown under its own name, after these."""
 
@@ -63,7 +64,7 @@ def table(metrics: Mapping[str, Any], teacher_steps: int) -> list[Row]:
 def _steps(name: str, teacher_steps: int) -> str:
     if name.endswith("step") and "_" in name:
         return name.rpartition("_")[2].removesuffix("step")
-    return {"reconstruction": "-", "onestep_star": "1"}.get(name, str(teacher_steps))
+    return {"reconstruction": "-", "onestep_class": "1", "onestep_star": "1"}.get(name, str(teacher_steps))
 
 
 def read_curve(path: Path) -> tuple[list[int], list[float]]:

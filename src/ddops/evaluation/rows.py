@@ -24,7 +24,8 @@ from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals, uniforms
 from ddops.sampling.teacher import categorical_picker, flow_picker, sample_marginals, sample_teacher
 
-RECONSTRUCTION, TEACHER, TEACHER_FLOW, ONESTEP_STAR = "reconstruction", "teacher", "teacher_flow", "onestep_star"
+RECONSTRUCTION, TEACHER, TEACHER_FLOW = "reconstruction", "teacher", "teacher_flow"
+ONESTEP_STAR, ONESTEP_CLASS = "onestep_star", "onestep_class"
 
 
 def dd1_row(steps: int) -> str:
@@ -117,11 +118,11 @@ def sample_dd1(
     return _collect(protocol, dd1_row(steps), decode)
 
 
-def sample_onestep_star(teacher: Teacher, marginals_KLV: Tensor, protocol: Protocol, seed: int) -> Tensor:
-    """Row ``onestep_star``: every token independently from its class-conditional marginal."""
+def sample_independent(teacher: Teacher, marginals_KLV: Tensor, protocol: Protocol, seed: int) -> Tensor:
+    """Rows ``onestep_star`` and ``onestep_class``: every token independently from the marginals of its class."""
 
     def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
         uniforms_BL = torch.from_numpy(uniforms(seed, Stream.CATEGORICAL, indices_B, teacher.layout.length))
         return _decode_ids(teacher, sample_marginals(marginals_KLV, labels_B, uniforms_BL))
 
-    return _collect(protocol, ONESTEP_STAR, decode)
+    return _collect(protocol, "independent tokens", decode)

@@ -126,6 +126,25 @@ class Encoder(nn.Module):
         return latent_BZgg
 
 
+class PatchEncoder(nn.Sequential):
+    """Images (B, I, H, W) to a latent (B, Z, g, g) whose every place depends on its own patch of pixels alone."""
+
+    def __init__(self, config: AutoencoderConfig, image_channels: int, latent_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(image_channels, config.channels, config.downsampling, stride=config.downsampling),
+            nn.SiLU(),
+            nn.Conv2d(config.channels, config.channels, 1),
+            nn.SiLU(),
+            nn.Conv2d(config.channels, latent_channels, 1),
+        )
+
+
+def build_encoder(config: AutoencoderConfig, image_channels: int, latent_channels: int) -> nn.Module:
+    """The encoder that the configuration names."""
+    encoder = PatchEncoder if config.encoder == "patch" else Encoder
+    return encoder(config, image_channels, latent_channels)
+
+
 class Decoder(nn.Module):
     """A latent (B, Z, g, g) to images (B, I, H, W). Its stages are in the order they run, the deepest first."""
 

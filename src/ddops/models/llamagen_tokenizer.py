@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import LlamaGenConfig
-from ddops.models.autoencoder import Decoder, Encoder
+from ddops.models.autoencoder import Decoder, build_encoder
 from ddops.models.interface import Tokenizer, TokenizerOutput
 from ddops.models.layout import LevelLayout
 from ddops.models.quantization import (
@@ -30,7 +30,7 @@ class LlamaGenTokenizer(Tokenizer):
         super().__init__()
         self.config = config
         self.layout = LevelLayout(config.level_sizes)
-        self.encoder = Encoder(config.autoencoder, config.image_channels, config.latent_channels)
+        self.encoder = build_encoder(config.autoencoder, config.image_channels, config.latent_channels)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.codebook = nn.Parameter(F.normalize(torch.randn(config.codebook_size, config.code_dim), dim=-1))
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import VARConfig
-from ddops.models.autoencoder import Decoder, Encoder, conv3x3
+from ddops.models.autoencoder import Decoder, build_encoder, conv3x3
 from ddops.models.interface import Tokenizer, TokenizerOutput
 from ddops.models.layout import LevelLayout
 from ddops.models.quantization import (
@@ -66,7 +66,7 @@ class VARTokenizer(Tokenizer):
         super().__init__()
         self.config = config
         self.layout = LevelLayout(config.level_sizes)
-        self.encoder = Encoder(config.autoencoder, config.image_channels, config.code_dim)
+        self.encoder = build_encoder(config.autoencoder, config.image_channels, config.code_dim)
         self.quant_conv = conv3x3(config.code_dim, config.code_dim)
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
         self.phis = nn.ModuleList(Phi(config.code_dim) for _ in range(config.shared_phi))

@@ -77,5 +77,5 @@ def token_marginals(ids_NL: Tensor, labels_N: Tensor, num_classes: int, codebook
 
 
 def sample_marginals(marginals_KLV: Tensor, labels_B: Tensor, uniforms_BL: Tensor) -> Tensor:
-    """DD1's baseline ``onestep*``: every token drawn on its own from its marginal, ids (B, L)."""
+    """Every token drawn on its own from its class's marginal, ids (B, L); DD1's ``onestep*`` pools the classes."""
     return invert_cdf(marginals_KLV[labels_B], uniforms_BL)

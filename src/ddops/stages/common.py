@@ -14,7 +14,7 @@ from pathlib import Path
 from ddops.config.load import ConfigError, load_config
 from ddops.models.errors import CheckpointError
 from ddops.stages import paths
-from ddops.training.errors import TrainingDiverged
+from ddops.training.errors import ReplicaLost, TrainingDiverged
 from ddops.trajectories.shards import DatasetError
 
 Stage = Callable[..., None]
@@ -32,7 +32,7 @@ def inception_not_built(what: str) -> StageError:
     )
 
 
-EXPECTED_ERRORS = (ConfigError, CheckpointError, DatasetError, StageError, TrainingDiverged, OSError)
+EXPECTED_ERRORS = (ConfigError, CheckpointError, DatasetError, StageError, TrainingDiverged, ReplicaLost, OSError)
 
 
 def sections(stage: Stage) -> tuple[str, ...]:

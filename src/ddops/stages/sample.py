@@ -59,7 +59,9 @@ def _samplers(
     protocol: rows.Protocol,
 ) -> dict[str, Callable[[int], Tensor]]:
     dataset = TrajectoryDataset(paths.TRAJECTORIES, model.codebook_VC.shape[1])
-    marginals_KLV = token_marginals(dataset.ids_NL.long(), dataset.labels_N, model.num_classes, len(model.codebook_VC))
+    ids_NL, codes = dataset.ids_NL.long(), len(model.codebook_VC)
+    marginals_KLV = token_marginals(ids_NL, dataset.labels_N, model.num_classes, codes)
+    pooled_KLV = token_marginals(ids_NL, torch.zeros_like(dataset.labels_N), 1, codes).expand_as(marginals_KLV)
     samplers: dict[str, Callable[[int], Tensor]] = {
         rows.TEACHER: lambda seed: rows.sample_teacher_row(model, sampling, protocol, seed),
         rows.TEACHER_FLOW: lambda seed: rows.sample_flow_row(model, sampling, trajectories, protocol, seed),
@@ -68,7 +70,8 @@ def _samplers(
         samplers[rows.dd1_row(steps)] = lambda seed, steps=steps: rows.sample_dd1(  # type: ignore[misc]
             student, model, dd1, steps, protocol, seed
         )
-    samplers[rows.ONESTEP_STAR] = lambda seed: rows.sample_onestep_star(model, marginals_KLV, protocol, seed)
+    samplers[rows.ONESTEP_CLASS] = lambda seed: rows.sample_independent(model, marginals_KLV, protocol, seed)
+    samplers[rows.ONESTEP_STAR] = lambda seed: rows.sample_independent(model, pooled_KLV, protocol, seed)
     return samplers
 
 

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class TrainingDiverged(RuntimeError):
     """The loss stopped being a number. The last checkpoint is kept."""
+
+
+class ReplicaLost(RuntimeError):
+    """A process of a data-parallel training ended before the others. The last checkpoint is kept."""

@@ -2,12 +2,13 @@
 
 Everything a step does is a pure function of (seed, step, state): the batch, the random numbers, the learning
 rate. So the state is weights, optimiser, EMA, curves and the step, and a resumed run ends with the same bytes
-as an uninterrupted one (on the same machine and number of threads).
+as an uninterrupted one (on the same machine and number of threads or processes).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from ddops.config.stages import TrainingConfig
 from ddops.training.checkpoint import CheckpointFile
 from ddops.training.curves import Curves
 from ddops.training.errors import TrainingDiverged
+from ddops.training.replicas import Replicas, replicas
 from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 
 log = logging.getLogger(__name__)
@@ -59,40 +61,47 @@ def train(
 
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
+        ReplicaLost: one of ``config.processes`` ended.
     """
     ema_model = _copy_of(model)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), betas=config.betas, fused=True)
+    optimizers = build_optimizers(model, config)
     state = checkpoint.load()
-    first_step = _restore(state, model, ema_model, optimizer)
-    curves = Curves(curves_dir, state["history"] if state else None)
+    first_step = _restore(state, model, ema_model, optimizers)
     if first_step:
         log.info("%s: resuming at step %d of %d", description, first_step, config.steps)
 
-    bar = tqdm(total=config.steps, initial=first_step, desc=description, unit="step", mininterval=1.0)
-    for step in range(first_step, config.steps):
-        torch.manual_seed((seed * 1_000_003 + step) % MAX_SEED)
-        if before_step is not None:
-            before_step(model, step)
-        values = objective(model, batch_indices(seed, step, config.batch_size, dataset_size), step)
-        gradient_norm = _update(model, optimizer, values["loss"], config, step)
-        _update_ema(ema_model, model, ema_decay(config, step))
-        bar.update()
-        done = step + 1
-        last = done == config.steps
-        to_log, to_save = (last or done % every == 0 for every in (config.log_every, config.checkpoint_every))
-        if not (to_log or to_save):
-            continue
-        row = {name: float(value.detach()) for name, value in {**values, "gradient_norm": gradient_norm}.items()}
-        _check_finite(row, description, done)
-        if to_log:
-            if evaluate is not None and (last or done % evaluate_every == 0):
-                row |= evaluate(ema_model)
-            curves.log(done, row)
-            bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)
-        if to_save:
-            checkpoint.save(_snapshot(done, model, ema_model, optimizer, curves))
-    bar.close()
-    curves.close()
+    with replicas(config.processes if first_step < config.steps else 1) as group:
+        curves = Curves(curves_dir, state["history"] if state else None) if group.is_first else None
+        bar = _progress(description, first_step, config.steps, shown=group.is_first)
+        for step in range(first_step, config.steps):
+            _seed(seed, step, 0, 1)
+            if before_step is not None:
+                before_step(model, step)
+            _seed(seed, step, group.rank, group.size)
+            share = batch_indices(seed, step, config.batch_size, dataset_size)[group.rank :: group.size]
+            values = objective(model, share, step)
+            gradient_norm = _update(model, optimizers, values["loss"], config, step, group)
+            _update_ema(ema_model, model, ema_decay(config, step))
+            bar.update()
+            done = step + 1
+            last = done == config.steps
+            to_log, to_save = (last or done % every == 0 for every in (config.log_every, config.checkpoint_every))
+            if not (to_log or to_save):
+                continue
+            row = _averaged({**values, "gradient_norm": gradient_norm}, group)
+            _check_finite(row, description, done)
+            if curves is None:
+                continue
+            if to_log:
+                if evaluate is not None and (last or done % evaluate_every == 0):
+                    row |= evaluate(ema_model)
+                curves.log(done, row)
+                bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)
+            if to_save:
+                checkpoint.save(_snapshot(done, model, ema_model, optimizers, curves))
+        bar.close()
+        if curves is not None:
+            curves.close()
     return ema_model.state_dict()
 
 
@@ -102,25 +111,65 @@ def seeded(seed: int, build: Callable[[], Module]) -> Module:
     return build()
 
 
+def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon before it on the matrices of the transformer blocks where the configuration asks for it.
+
+    Weight decay is on matrices only: biases, norms and scales are left alone. Muon's steps are scaled to the size of
+    AdamW's (Liu et al., arXiv 2502.16982, equation 4), so that both go by one learning rate.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    inner = {
+        name: parameter
+        for name, parameter in trained.items()
+        if config.optimizer == "muon" and "blocks." in name and parameter.ndim == 2
+    }
+    outer = [parameter for name, parameter in trained.items() if name not in inner]
+    groups = [
+        {"params": [parameter for parameter in outer if parameter.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in outer if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas, fused=True)]
+    if inner:
+        muon = torch.optim.Muon(inner.values(), weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.insert(0, muon)
+    return optimizers
+
+
+def _seed(seed: int, step: int, rank: int, size: int) -> None:
+    torch.manual_seed(((seed * 1_000_003 + step) * size + rank) % MAX_SEED)
+
+
+def _progress(description: str, first_step: int, steps: int, *, shown: bool) -> tqdm[Any]:
+    bar = functools.partial(tqdm, total=steps, initial=first_step, desc=description, unit="step", mininterval=1.0)
+    # Asked for nothing, tqdm does as the environment says (TQDM_DISABLE).
+    return bar() if shown else bar(disable=True)
+
+
 def _update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, config: TrainingConfig, step: int
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    loss: Tensor,
+    config: TrainingConfig,
+    step: int,
+    group: Replicas,
 ) -> Tensor:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(config, step)
+        optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    group.average([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return gradient_norm
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only: biases, norms and scales are left alone."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
+def _averaged(values: Mapping[str, Tensor], group: Replicas) -> dict[str, float]:
+    """Each value's mean over the replicas."""
+    means = {name: value.detach().clone() for name, value in values.items()}
+    group.average(list(means.values()))
+    return {name: float(mean) for name, mean in means.items()}
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
@@ -142,23 +191,24 @@ def _check_finite(row: Mapping[str, float], description: str, step: int) -> None
 
 
 def _snapshot(
-    step: int, model: nn.Module, ema_model: nn.Module, optimizer: torch.optim.Optimizer, curves: Curves
+    step: int, model: nn.Module, ema_model: nn.Module, optimizers: list[torch.optim.Optimizer], curves: Curves
 ) -> dict[str, Any]:
     return {
         "step": step,
         "model": model.state_dict(),
         "ema": ema_model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "history": curves.history,
     }
 
 
 def _restore(
-    state: dict[str, Any] | None, model: nn.Module, ema_model: nn.Module, optimizer: torch.optim.Optimizer
+    state: dict[str, Any] | None, model: nn.Module, ema_model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> int:
     if state is None:
         return 0
     model.load_state_dict(state["model"])
     ema_model.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return int(state["step"])

@@ -1,0 +1,117 @@
+"""Data-parallel training on the cores of one machine: one process of one thread for each share of the batch.
+
+Small models spend their steps in many short operations, which several threads of one process hardly speed up; several
+processes do. The replicas are forked when the training starts, so they share data set, teacher and objective, and end
+with it. They hold the same weights at every step: each computes the gradient of its share of the batch, and the
+gradients are averaged. Rank 0 is the process that called; it alone writes, evaluates and shows progress.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ddops.training.errors import ReplicaLost
+
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """This process's place among the replicas."""
+
+    rank: int
+    size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor, in place, by its mean over the replicas. All of them must call it.
+
+        Raises:
+            ReplicaLost: another replica has ended.
+        """
+        if self.size == 1:
+            return
+        flat_N = torch.cat([tensor.flatten() for tensor in tensors])
+        try:
+            dist.all_reduce(flat_N)
+        except RuntimeError as error:
+            raise ReplicaLost(f"a replica of this training ended; run the same command again ({error})") from error
+        flat_N /= self.size
+        for tensor, mean_N in zip(tensors, flat_N.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean_N.view_as(tensor))
+
+
+@contextmanager
+def replicas(size: int) -> Iterator[Replicas]:
+    """Run the body in ``size`` processes. Only rank 0 comes out of it; the others end with the body, or with rank 0.
+
+    Raises:
+        ReplicaLost: see :meth:`Replicas.average`.
+    """
+    if size == 1:
+        yield Replicas(0, 1)
+        return
+    threads = torch.get_num_threads()
+    # Before the fork: a child has none of the threads its parent had, and must not look for them.
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as rendezvous:
+        rank, children = _fork(size)
+        try:
+            _join(rank, size, Path(rendezvous))
+            yield Replicas(rank, size)
+        except BaseException as error:
+            if rank:
+                _end_replica(error)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            raise
+        else:
+            if rank:
+                _end_replica(None)
+        finally:
+            for child in children:
+                os.waitpid(child, 0)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            torch.set_num_threads(threads)
+
+
+def _fork(size: int) -> tuple[int, list[int]]:
+    """This process's rank, and, for rank 0, the process ids of the others."""
+    children: list[int] = []
+    for rank in range(1, size):
+        if (child := os.fork()) == 0:
+            return rank, []
+        children.append(child)
+    return 0, children
+
+
+def _join(rank: int, size: int, rendezvous: Path) -> None:
+    # By name: what the host's own name resolves to may be no interface of it.
+    if name := LOOPBACK.get(sys.platform):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=rank, world_size=size)
+
+
+def _end_replica(error: BaseException | None) -> NoReturn:
+    """Leave without the clean-up that belongs to rank 0. What ended rank 0 too is for rank 0 to say."""
+    if error is not None and not isinstance(error, ReplicaLost | KeyboardInterrupt):
+        traceback.print_exception(error)
+    os._exit(0 if error is None else 1)
