@@ -151,7 +151,7 @@ def test_running_again_does_nothing(workspace):
     ("section", "change", "expected"),
     [
         ("gate", {"rules": {"mine": {"value": "teacher.fid", "max": 1e9}}}, ["gate", "report"]),
-        ("evaluate", {"seeds": [1]}, ["evaluate", "sample"]),
+        ("evaluate", {"seeds": [2]}, ["evaluate", "sample"]),
         ("trajectories", {"count": 700}, ["sample", "trajectories"]),
     ],
 )
