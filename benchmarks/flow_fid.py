@@ -2,8 +2,8 @@
 
     python benchmarks/flow_fid.py --seeds 10 --output benchmarks/results/digits_flow_fid.json
 
-Run it where `dvc repro` has run. Both rows are judged by the protocol of params.yaml, seed by seed; its own seeds are left
-out. Run it again to go on: finished seeds are kept.
+Run it where `dvc repro` has run. Both rows are judged by the protocol of params.yaml, at seeds that are not its own.
+Run it again to go on: finished seeds are kept.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ def test_running_again_does_nothing(workspace):
         ("gate", {"rules": {"mine": {"value": "teacher.fid", "max": 1e9}}}, ["gate", "report"]),
         ("evaluate", {"seeds": [2]}, ["evaluate", "sample"]),
         ("trajectories", {"count": 700}, ["sample", "trajectories"]),
+        ("sampling", {"guidance": 1.5}, ["sample", "trajectories"]),
     ],
 )
 def test_a_parameter_concerns_the_stages_that_read_it(workspace, section, change, expected):
