@@ -152,7 +152,11 @@ WRONG_VALUES = [
     ("teacher.model.image_size", 9, "teacher.model.image_size 9 is not the latent's side 4 times the downsampling 2"),
     ("teacher.model.heads", 5, "teacher.model.width 96 must be a multiple of heads 5 x 4"),
     ("teacher.model.autoencoder.channels", 33, "teacher.model.autoencoder.channels must be a multiple of 32"),
-    ("trajectories.solver", "euler", "trajectories.solver: Input should be 'multistep' or 'heun', got 'euler'"),
+    (
+        "trajectories.solver",
+        "rk4",
+        "trajectories.solver: Input should be 'adaptive', 'multistep', 'heun' or 'euler', got 'rk4'",
+    ),
     ("dd1.perceptual.network", "lpips", "Input should be 'digits_classifier' or 'lpips_vgg', got 'lpips'"),
     ("dd1.start_positions", [0, 16], "dd1.start_positions: 16 is past the end, the teacher has 16 tokens"),
     ("dd1.start_positions", [1, 5], "dd1.start_positions must begin with 0 and increase strictly, got (1, 5)"),

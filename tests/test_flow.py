@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddops.flow import solvers
 from ddops.flow.codebook import posterior_mean, score, velocity
-from ddops.flow.solvers import flow_map
+from ddops.flow.solvers import flow_map, solve_flow
+
+SOLVERS = ["adaptive", "multistep", "heun", "euler"]
 
 
 def problem(n, v, c, *, unit=True, sharpness=1.0, seed=0, dtype=torch.float64):
@@ -51,56 +54,201 @@ def test_score_is_the_gradient_of_the_log_density():
     torch.testing.assert_close(score(x.detach(), t, log_p, codebook), gradient)
 
 
-@pytest.mark.parametrize(("solver", "evaluations", "agreement"), [("multistep", 64, 0.985), ("heun", 128, 0.975)])
-def test_one_dimensional_map_is_the_quantile_map(solver, evaluations, agreement):
+def quantiles(noise, log_p):
+    """F_p^{-1}(Phi(eps)), for codes in rising order."""
+    u = torch.from_numpy(stats.norm.cdf(noise.numpy()))
+    return (log_p.exp().cumsum(-1) < u).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("solver", "settings", "agreement"),
+    [
+        ("adaptive", {"tolerance": 1e-4}, 0.998),
+        ("adaptive", {}, 0.99),
+        ("multistep", {"evaluations": 64}, 0.985),
+        ("heun", {"evaluations": 128}, 0.985),
+        ("euler", {"evaluations": 256}, 0.96),
+    ],
+)
+def test_one_dimensional_map_is_the_quantile_map(solver, settings, agreement):
     """In one dimension the flow is monotone, so it must be F_p^{-1}(Phi(eps)): an exact oracle."""
     codebook = torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None]
-    noise, log_p, _ = problem(20_000, 8, 1)
-    ids = flow_map(noise, log_p, codebook, evaluations=evaluations, solver=solver)
-    u = torch.from_numpy(stats.norm.cdf(noise.numpy()))
-    expected = (log_p.exp().cumsum(-1) < u).sum(-1)
-    assert (ids == expected).double().mean() > agreement
+    noise, log_p, _ = problem(10_000, 8, 1)
+    ids = flow_map(noise, log_p, codebook, solver=solver, **settings)
+    assert (ids == quantiles(noise, log_p)).double().mean() > agreement
 
 
-@pytest.mark.parametrize(("v", "c", "unit"), [(64, 8, True), (256, 8, True), (128, 32, False)])
+def fine_solve(noise, log_p, codebook, monkeypatch):
+    """300 steps of another solver in float64, on a grid with ends far out."""
+    monkeypatch.setattr(solvers, "LOG_SNR_RANGE", (-4.0, 4.0))
+    return flow_map(noise, log_p, codebook, solver="multistep", evaluations=300)
+
+
+@pytest.mark.parametrize(("v", "c", "unit"), [(64, 4, False), (64, 8, True), (256, 8, True), (128, 32, False)])
 @pytest.mark.parametrize("sharpness", [0.5, 4.0])
 def test_default_solver_agrees_with_a_far_finer_solve(v, c, unit, sharpness, monkeypatch):
-    noise, log_p, codebook = problem(2000, v, c, unit=unit, sharpness=sharpness)
-    default = flow_map(noise.float(), log_p.float(), codebook.float())
-    monkeypatch.setattr(solvers, "LOG_SNR_RANGE", (-6.0, 6.0))
-    fine = flow_map(noise, log_p, codebook, evaluations=600)
-    assert (default == fine).double().mean() > 0.985
+    noise, log_p, codebook = problem(1000, v, c, unit=unit, sharpness=sharpness)
+    found = solve_flow(noise.float(), log_p.float(), codebook.float())
+    fine = fine_solve(noise, log_p, codebook, monkeypatch)
+    assert (found.ids_N == fine).double().mean() > 0.99
+    assert found.evaluations_N.double().mean() < 20
 
 
-def test_frequencies_follow_p():
-    """Chi-square at significance 0.1 %, over 60,000 draws of one distribution; the seed is fixed."""
-    noise, log_p, codebook = problem(60_000, 16, 4, sharpness=1.5)
-    ids = flow_map(noise, log_p[:1].expand(60_000, -1), codebook, evaluations=48)
-    counts = np.bincount(ids.numpy(), minlength=16)
-    assert stats.chisquare(counts, 60_000 * log_p[0].exp().numpy()).pvalue > 1e-3
+def test_a_smaller_tolerance_costs_more_and_agrees_better(monkeypatch):
+    noise, log_p, codebook = problem(1000, 256, 8)
+    coarse = solve_flow(noise, log_p, codebook, tolerance=0.1)
+    tight = solve_flow(noise, log_p, codebook, tolerance=3e-4)
+    fine = fine_solve(noise, log_p, codebook, monkeypatch)
+    assert (coarse.ids_N == fine).double().mean() < (tight.ids_N == fine).double().mean() > 0.998
+    assert coarse.evaluations_N.double().mean() < tight.evaluations_N.double().mean()
 
 
-def test_a_code_of_probability_zero_is_never_produced():
+@pytest.mark.parametrize(("v", "c"), [(16, 4), (64, 2), (32, 16)])
+def test_frequencies_follow_p(v, c):
+    """Chi-square at significance 0.1 %, over 30,000 draws of one distribution; the seed is fixed."""
+    noise, log_p, codebook = problem(30_000, v, c, sharpness=1.5)
+    ids = flow_map(noise.float(), log_p[:1].float().expand(30_000, -1), codebook.float(), tolerance=1e-3)
+    counts = np.bincount(ids.numpy(), minlength=v)
+    assert stats.chisquare(counts, 30_000 * log_p[0].exp().numpy()).pvalue > 1e-3
+
+
+def test_a_rare_code_is_found_where_it_should_be():
+    """p = 0.999 for one code: the posterior starts all but certain, and yet one draw in a thousand is the other's.
+    A solver that stops when one code has nearly all weight never returns it."""
+    codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.5]], dtype=torch.float64)
+    noise, _, _ = problem(200_000, 2, 2)
+    log_p = torch.tensor([0.999, 0.001], dtype=torch.float64).log().expand(200_000, -1)
+    # Along the line between the two codes the flow is one-dimensional.
+    direction = (codebook[0] - codebook[1]) / (codebook[0] - codebook[1]).norm()
+    rare = torch.from_numpy(stats.norm.cdf((noise @ direction).numpy())) < 0.001
+    ids = flow_map(noise.float(), log_p.float(), codebook.float())
+    assert rare.sum() > 150
+    assert ((ids == 1) == rare).sum() >= 200_000 - 5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_code_of_probability_zero_is_never_produced(solver):
     noise, log_p, codebook = problem(5000, 32, 4)
     dropped = torch.rand(5000, 32, generator=torch.Generator().manual_seed(1)) < 0.5
     dropped[:, 0] = False
     log_p = log_p.masked_fill(dropped, -torch.inf).log_softmax(-1)
-    ids = flow_map(noise.float(), log_p.float(), codebook.float())
+    ids = flow_map(noise.float(), log_p.float(), codebook.float(), solver=solver, evaluations=16)
     assert not dropped[torch.arange(5000), ids].any()
 
 
-def test_one_hot_distributions_are_certain():
+def test_one_hot_distributions_are_certain_and_cost_next_to_nothing():
     noise, _, codebook = problem(500, 32, 4)
     wanted = torch.arange(500) % 32
     log_p = torch.full((500, 32), -torch.inf).scatter(1, wanted[:, None], 0.0)
-    assert torch.equal(flow_map(noise.float(), log_p, codebook.float()), wanted)
+    found = solve_flow(noise.float(), log_p, codebook.float())
+    assert torch.equal(found.ids_N, wanted)
+    assert (found.evaluations_N == 2).all()
 
 
-def test_chunks_do_not_change_the_answer(monkeypatch):
+def test_two_equal_codes_share_the_noise_along_the_plane_between_them():
+    noise, _, _ = problem(5000, 2, 3)
+    codebook = torch.tensor([[0.3, 0.1, 0.0], [-0.3, 0.2, 0.5]], dtype=torch.float64)
+    log_p = torch.full((5000, 2), 0.5, dtype=torch.float64).log()
+    nearer_first = noise @ (codebook[0] - codebook[1]) > 0
+    assert (flow_map(noise.float(), log_p.float(), codebook.float()) == (~nearer_first).long()).double().mean() > 0.999
+
+
+def test_noise_on_the_border_itself_ends():
+    codebook = torch.tensor([[1.0], [-1.0]])
+    found = solve_flow(torch.zeros(3, 1), torch.full((3, 2), 0.5).log(), codebook)
+    assert (found.ids_N == 0).all()
+    assert (found.evaluations_N <= solvers.MOST_EVALUATIONS).all()
+
+
+def test_duplicate_codes_count_as_one_place():
+    """Their place is reached as often as their probabilities' sum says, and the likelier one stands for it."""
+    noise, log_p, codebook = problem(3000, 32, 4)
+    doubled = torch.cat([codebook, codebook])
+    shares = torch.tensor([0.3, 0.7], dtype=torch.float64).log()
+    log_p_doubled = torch.cat([log_p + shares[0], log_p + shares[1]], 1)
+    single = solve_flow(noise.float(), log_p.float(), codebook.float())
+    double = solve_flow(noise.float(), log_p_doubled.float(), doubled.float())
+    assert (double.ids_N == single.ids_N + 32).double().mean() > 0.998
+
+
+def test_codes_closer_than_single_precision_can_tell_are_told_apart():
+    """Two codes at a distance of 1e-4 with a third far off: Gaussian noise must part them half and half."""
+    noise, _, _ = problem(4000, 3, 2)
+    codebook = torch.tensor([[1.0, 0.0], [1.0, 1e-4], [-1.0, 0.0]])
+    log_p = torch.tensor([0.25, 0.25, 0.5]).log().expand(4000, -1)
+    counts = flow_map(noise.float(), log_p, codebook).bincount(minlength=3)
+    assert stats.chisquare(counts, [1000, 1000, 2000]).pvalue > 1e-3
+
+
+def test_extreme_guidance_keeps_the_map_exact(monkeypatch):
+    """Logits in the hundreds, as a guidance of 50 makes them."""
+    noise, log_p, codebook = problem(1000, 64, 8, sharpness=150.0)
+    ids = flow_map(noise.float(), log_p.float(), codebook.float())
+    assert (ids == fine_solve(noise, log_p, codebook, monkeypatch)).double().mean() > 0.998
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_is_computed_in_single(dtype):
+    noise, log_p, codebook = (part.to(dtype) for part in problem(500, 64, 8))
+    ids = flow_map(noise, log_p, codebook)
+    assert torch.equal(ids, flow_map(noise.float(), log_p.float(), codebook.float()))
+
+
+def test_the_map_does_not_mind_where_the_codebook_lies_nor_its_scale(monkeypatch):
+    """The flow commutes with a shift of all codes; a scale changes it, and the solver keeps up."""
+    noise, log_p, codebook = problem(1000, 64, 8)
+    at_home = flow_map(noise, log_p, codebook)
+    assert (flow_map(noise, log_p, codebook + 50.0) == at_home).double().mean() > 0.998
+    small = flow_map(noise.float(), log_p.float(), 0.01 * codebook.float())
+    assert (small == fine_solve(noise, log_p, 0.01 * codebook, monkeypatch)).double().mean() > 0.99
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        # A view holds nothing of its own.
+        for out in result if isinstance(result, tuple) else (result,):
+            if isinstance(out, torch.Tensor) and out._base is None:
+                self.elements = max(self.elements, out.numel())
+        return result
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_memory_is_bounded_whatever_the_batch(solver, monkeypatch):
+    """No array holds more than the chunk's (token, code) pairs, and none has a third axis of C."""
+    noise, log_p, codebook = problem(4000, 32, 4, dtype=torch.float32)
+    monkeypatch.setattr(solvers, "CHUNK_ELEMENTS", 32 * 500)
+    with LargestTensor() as largest:
+        flow_map(noise, log_p, codebook, solver=solver, evaluations=8)
+    assert 32 * 400 < largest.elements <= 32 * 500
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_chunks_do_not_change_the_answer(solver, monkeypatch):
     noise, log_p, codebook = problem(300, 32, 4)
-    whole = flow_map(noise, log_p, codebook)
+    whole = flow_map(noise, log_p, codebook, solver=solver, evaluations=32)
     monkeypatch.setattr(solvers, "CHUNK_ELEMENTS", 32 * 7)
-    assert torch.equal(flow_map(noise, log_p, codebook), whole)
+    assert torch.equal(flow_map(noise, log_p, codebook, solver=solver, evaluations=32), whole)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("evaluations", [2, 7])
+def test_no_token_takes_more_evaluations_than_allowed(solver, evaluations):
+    noise, log_p, codebook = problem(200, 32, 4)
+    found = solve_flow(noise, log_p, codebook, solver=solver, evaluations=evaluations)
+    assert (found.evaluations_N <= evaluations).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_distribution_is_refused(bad):
+    noise, log_p, codebook = problem(3, 32, 4)
+    log_p[1] = bad
+    with pytest.raises(ValueError, match="NaN, infinite or zero for every code"):
+        flow_map(noise, log_p, codebook)
 
 
 def test_too_few_evaluations_are_refused():

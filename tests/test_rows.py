@@ -28,7 +28,7 @@ def marginals_of(teacher):
 
 def sampler(row, family):
     """(protocol, seed) -> images of a row, with the untrained models of a family."""
-    config = tiny(family, STEPS, "trajectories.evaluations=12")
+    config = tiny(family, STEPS, "trajectories.tolerance=0.01")
     teacher, student = untrained(family)
     sampling = config.sampling
     return {
@@ -120,13 +120,13 @@ class Oracle(torch.nn.Module):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_perfect_student_draws_the_flow_maps_images(family):
     """The two rows are the same function but for the student's error: what the whole comparison rests on."""
-    config = tiny(family, STEPS, "trajectories.evaluations=12")
+    config = tiny(family, STEPS, "trajectories.tolerance=0.01")
     teacher, _ = untrained(family)
     protocol = Protocol(LABELS, 8, 8)
     expected = sampler("teacher_flow", family)(protocol, 7)
 
     noise = rows.sample_noise(7, np.arange(8), teacher, 8)
-    pick = flow_picker(teacher.layout, teacher.codebook_VC, noise, solver="multistep", evaluations=12)
+    pick = flow_picker(teacher.layout, teacher.codebook_VC, noise, config.trajectories)
     oracle = Oracle(teacher, sample_teacher(teacher, LABELS, config.sampling, pick))
     for steps in (1, 2):
         drawn = rows.sample_dd1(oracle, teacher, config.dd1, steps, protocol, 7)

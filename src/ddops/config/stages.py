@@ -147,7 +147,19 @@ TeacherConfig = Annotated[TrainedTeacherConfig | DownloadedTeacherConfig, Field(
 
 
 @config
-class TrajectoriesConfig:
+class FlowMapConfig:
+    """How the flow map from noise to tokens is solved. Chosen from the chart in benchmarks/."""
+
+    solver: Literal["adaptive", "multistep", "heun", "euler"]
+    """``adaptive`` chooses its steps for each token; the others walk a fixed grid."""
+    evaluations: Annotated[int, Field(ge=2)]
+    """Evaluations of the posterior mean a token; of ``adaptive`` the most that one may take, not the usual number."""
+    tolerance: PositiveFloat
+    """Error of a step that ``adaptive`` aims at; the others do not read it."""
+
+
+@config
+class TrajectoriesConfig(FlowMapConfig):
     """The data set of (class, noise, token ids): how many, and how the flow map is solved."""
 
     count: NonNegativeInt
@@ -155,9 +167,6 @@ class TrajectoriesConfig:
     shard_size: PositiveInt
     """Trajectories a shard."""
     batch_size: PositiveInt
-    solver: Literal["multistep", "heun"]
-    evaluations: Annotated[int, Field(ge=2)]
-    """Evaluations of the posterior mean a token."""
 
 
 @config

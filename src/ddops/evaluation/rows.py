@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ddops.config.models import SamplingConfig
-from ddops.config.stages import DD1Config, TrajectoriesConfig
+from ddops.config.stages import DD1Config, FlowMapConfig
 from ddops.evaluation.images import to_uint8
 from ddops.models.interface import Student, Teacher
 from ddops.sampling.few_step import sample_student
@@ -90,15 +90,13 @@ def sample_teacher_row(teacher: Teacher, sampling: SamplingConfig, protocol: Pro
 
 
 def sample_flow_row(
-    teacher: Teacher, sampling: SamplingConfig, solver: TrajectoriesConfig, protocol: Protocol, seed: int
+    teacher: Teacher, sampling: SamplingConfig, solver: FlowMapConfig, protocol: Protocol, seed: int
 ) -> Tensor:
     """Row ``teacher_flow``: the teacher through the flow map, what the trajectories are made of."""
 
     def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
         noise_BLC = sample_noise(seed, indices_B, teacher, teacher.codebook_VC.shape[1])
-        pick = flow_picker(
-            teacher.layout, teacher.codebook_VC, noise_BLC, solver=solver.solver, evaluations=solver.evaluations
-        )
+        pick = flow_picker(teacher.layout, teacher.codebook_VC, noise_BLC, solver)
         return _decode_ids(teacher, sample_teacher(teacher, labels_B, sampling, pick))
 
     return _collect(protocol, TEACHER_FLOW, decode)

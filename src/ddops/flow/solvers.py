@@ -1,90 +1,150 @@
 """The flow map eps -> code: solve dx/dt = v(x, t) over the codebook and read off the code it converges to.
 
-The default solver predicts the data (the posterior mean), is of second order and multistep, on a grid
-uniform in log-SNR: one evaluation of the posterior mean a step ("DPM-Solver++ (2M)", arXiv 2211.01095, with
-alpha = t and sigma = 1 - t). Heun's method is there as an independent oracle.
+The default solver adapts its steps to each token, see :mod:`ddops.flow.adaptive`. The others take the same steps for
+every token, on a grid uniform in log-SNR, and serve as its measure: Euler, Heun, and a multistep method of second
+order that predicts the data ("DPM-Solver++ (2M)", arXiv 2211.01095, with alpha = t and sigma = 1 - t).
+All are written in ``z = x / (1 - t)`` and ``r = t / (1 - t)``, where the flow is ``dz/dr = m`` and r^2 is the SNR.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from ddops.flow.codebook import posterior_logits, posterior_mean, velocity
+from ddops.flow.adaptive import Solution, solve_adaptive
+from ddops.flow.codebook import posterior_logits, posterior_mean
 
-Solver = Literal["multistep", "heun"]
+Solver = Literal["adaptive", "multistep", "heun", "euler"]
+Solve = Callable[[Tensor, Tensor, Tensor], Solution]
+Mean = Callable[[Tensor, float], Tensor]
+"""The posterior mean (N, C) of given z (N, C) and r."""
+Advance = Callable[[Mean, Tensor, list[float]], Tensor]
+"""z (N, C) at the last of the given values of r, from z at r = 0."""
 
 LOG_SNR_RANGE = (-2.0, 2.5)
-"""First (after t = 0) and last point of the grid: log of ``t * spread / (1 - t)``, where ``spread`` is the codes'
+"""First (after t = 0) and last point of the fixed grids: log of ``r * spread``, where ``spread`` is the codes'
 root-mean-square distance from their mean. Before it the posterior is still the prior, after it one code is left."""
+TOLERANCE: Final = 3e-3
+MOST_EVALUATIONS: Final = 100
 CHUNK_ELEMENTS = 1 << 22
 """Tokens are mapped in chunks of at most this many (token, code) pairs, which bounds the memory."""
 
 
 def flow_map(
-    noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor, *, evaluations: int = 32, solver: Solver = "multistep"
-) -> Tensor:
-    """Token ids (N,), int64: where the flow takes each ``noise``, given each token's log-probabilities.
-
-    ``evaluations`` counts the posterior means computed a token. Over standard normal noise the ids are distributed
-    as ``exp(log_p)``, up to the solver's error. A code of probability zero is never returned.
-    """
-    if evaluations < 2:
-        raise ValueError(f"the flow map needs at least 2 evaluations of the posterior mean, got {evaluations}")
-    solve = {"multistep": _solve_multistep, "heun": _solve_heun}[solver]
-    chunk = max(1, CHUNK_ELEMENTS // len(codebook_VC))
-    ids = [
-        _endpoint(solve, noise, log_p, codebook_VC, evaluations)
-        for noise, log_p in zip(noise_NC.split(chunk), log_p_NV.split(chunk), strict=True)
-    ]
-    return torch.cat(ids)
-
-
-def _endpoint(
-    solve: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, float]],
     noise_NC: Tensor,
     log_p_NV: Tensor,
     codebook_VC: Tensor,
-    evaluations: int,
+    *,
+    solver: Solver = "adaptive",
+    evaluations: int = MOST_EVALUATIONS,
+    tolerance: float = TOLERANCE,
 ) -> Tensor:
-    x_NC, t = solve(noise_NC, log_p_NV, codebook_VC, evaluations)
-    return posterior_logits(x_NC, t, log_p_NV, codebook_VC).argmax(-1)
+    """Token ids (N,), int64: where the flow takes each ``noise``, given each token's log-probabilities.
+
+    Over standard normal noise the ids are distributed as ``exp(log_p)``, up to the solver's error. A code of
+    probability zero is never returned. Codes at the same place cannot be told apart by any flow: the likeliest of
+    them, then the first, stands for all.
+
+    Args:
+        evaluations: posterior means computed a token; for ``adaptive`` the most a token may take.
+        tolerance: error of a step, of ``adaptive`` alone.
+
+    Raises:
+        ValueError: fewer than two evaluations, or a token without a distribution (NaN, or no code at all).
+    """
+    return solve_flow(
+        noise_NC, log_p_NV, codebook_VC, solver=solver, evaluations=evaluations, tolerance=tolerance
+    ).ids_N
 
 
-def grid_times(codebook_VC: Tensor, points: int) -> list[float]:
-    """Times in (0, 1), uniform in the log-SNR of this codebook."""
+def solve_flow(
+    noise_NC: Tensor,
+    log_p_NV: Tensor,
+    codebook_VC: Tensor,
+    *,
+    solver: Solver = "adaptive",
+    evaluations: int = MOST_EVALUATIONS,
+    tolerance: float = TOLERANCE,
+) -> Solution:
+    """:func:`flow_map` with the evaluations each token took. Computes in float32, or in float64 if given that."""
+    if evaluations < 2:
+        raise ValueError(f"the flow map needs at least 2 evaluations of the posterior mean, got {evaluations}")
+    dtype = torch.promote_types(log_p_NV.dtype, torch.float32)
+    noise_NC, log_p_NV, codebook_VC = noise_NC.to(dtype), log_p_NV.to(dtype), codebook_VC.to(dtype)
+    if not log_p_NV.amax(-1).isfinite().all():
+        raise ValueError("the flow map was given log-probabilities that are NaN, infinite or zero for every code")
+    solve: Solve
+    if solver == "adaptive":
+        solve = partial(solve_adaptive, tolerance=tolerance, evaluations=evaluations)
+    else:
+        solve = partial(_solve_fixed, *_FIXED[solver], evaluations)
+    chunk = max(1, CHUNK_ELEMENTS // len(codebook_VC))
+    parts = [
+        solve(noise, log_p, codebook_VC)
+        for noise, log_p in zip(noise_NC.split(chunk), log_p_NV.split(chunk), strict=True)
+    ]
+    return Solution(torch.cat([part.ids_N for part in parts]), torch.cat([part.evaluations_N for part in parts]))
+
+
+def grid_ratios(codebook_VC: Tensor, points: int) -> list[float]:
+    """Values of r, uniform in the log-SNR of this codebook."""
     centred_VC = codebook_VC.double() - codebook_VC.double().mean(0)
     log_spread = 0.5 * math.log(float(centred_VC.square().sum(-1).mean()) or 1.0)
     start, end = (bound - log_spread for bound in LOG_SNR_RANGE)
-    return torch.linspace(start, end, points, dtype=torch.float64).sigmoid().tolist()
+    return torch.linspace(start, end, points, dtype=torch.float64).exp().tolist()
 
 
-def _solve_multistep(noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor, evaluations: int) -> tuple[Tensor, float]:
-    """x and t at the end of the grid. One evaluation is left to the caller, who reads the code off."""
-    # At t = 0 the posterior is p itself, whatever x is.
-    mean_NC = log_p_NV.exp() @ codebook_VC
-    x_NC, t, target_NC = noise_NC, 0.0, mean_NC
-    for step, t_next in enumerate(grid_times(codebook_VC, evaluations - 1)):
+def _solve_fixed(
+    advance: Advance,
+    evaluations_a_step: int,
+    evaluations: int,
+    noise_NC: Tensor,
+    log_p_NV: Tensor,
+    codebook_VC: Tensor,
+) -> Solution:
+    """Walk the grid; the last evaluation reads the code off as the likeliest under the posterior, not the nearest."""
+    ratios = grid_ratios(codebook_VC, max(1, (evaluations - 1) // evaluations_a_step))
+
+    def mean(z_NC: Tensor, r: float) -> Tensor:
+        return posterior_mean(z_NC / (1 + r), r / (1 + r), log_p_NV, codebook_VC)
+
+    z_NC, r = advance(mean, noise_NC, ratios), ratios[-1]
+    ids_N = posterior_logits(z_NC / (1 + r), r / (1 + r), log_p_NV, codebook_VC).argmax(-1)
+    return Solution(ids_N, torch.full_like(ids_N, evaluations))
+
+
+def _euler(mean: Mean, z_NC: Tensor, ratios: list[float]) -> Tensor:
+    r = 0.0
+    for r_next in ratios:
+        z_NC, r = z_NC + (r_next - r) * mean(z_NC, r), r_next
+    return z_NC
+
+
+def _heun(mean: Mean, z_NC: Tensor, ratios: list[float]) -> Tensor:
+    r = 0.0
+    for r_next in ratios:
+        mean_NC = mean(z_NC, r)
+        end_NC = mean(z_NC + (r_next - r) * mean_NC, r_next)
+        z_NC, r = z_NC + 0.5 * (r_next - r) * (mean_NC + end_NC), r_next
+    return z_NC
+
+
+def _multistep(mean: Mean, z_NC: Tensor, ratios: list[float]) -> Tensor:
+    r, mean_NC = 0.0, mean(z_NC, 0.0)
+    target_NC = mean_NC
+    for step, r_next in enumerate(ratios):
         if step:
-            previous_NC, mean_NC = mean_NC, posterior_mean(x_NC, t, log_p_NV, codebook_VC)
-            # Extrapolate half a step ahead; the step from t = 0 was infinite in log-SNR and does not count.
+            previous_NC, mean_NC = mean_NC, mean(z_NC, r)
+            # Extrapolate half a step ahead; the step from r = 0 was infinite in log-SNR and does not count.
             target_NC = mean_NC + 0.5 * (mean_NC - previous_NC) if step > 1 else mean_NC
-        shrink = (1 - t_next) / (1 - t)
-        x_NC, t = shrink * x_NC + (t_next - shrink * t) * target_NC, t_next
-    return x_NC, t
+        z_NC, r = z_NC + (r_next - r) * target_NC, r_next
+    return z_NC
 
 
-def _solve_heun(noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor, evaluations: int) -> tuple[Tensor, float]:
-    """Heun's method on a uniform grid in t that ends where the log-SNR grid does; two evaluations a step."""
-    t_end = grid_times(codebook_VC, 2)[-1]
-    steps = max(1, (evaluations - 1) // 2)
-    x_NC, h = noise_NC, t_end / steps
-    for k in range(steps):
-        v_NC = velocity(x_NC, k * h, log_p_NV, codebook_VC)
-        w_NC = velocity(x_NC + h * v_NC, (k + 1) * h, log_p_NV, codebook_VC)
-        x_NC = x_NC + 0.5 * h * (v_NC + w_NC)
-    return x_NC, t_end
+_FIXED: Final[dict[str, tuple[Advance, int]]] = {"euler": (_euler, 1), "heun": (_heun, 2), "multistep": (_multistep, 1)}
+"""How each walks the grid, and the evaluations it takes a step."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ddops.config.models import SamplingConfig
-from ddops.flow.solvers import Solver, flow_map
+from ddops.config.stages import FlowMapConfig
+from ddops.flow.solvers import flow_map
 from ddops.models.interface import Teacher
 from ddops.models.layout import LevelLayout
 
@@ -39,15 +40,18 @@ def categorical_picker(layout: LevelLayout, uniforms_BL: Tensor) -> Picker:
     return pick
 
 
-def flow_picker(
-    layout: LevelLayout, codebook_VC: Tensor, noise_BLC: Tensor, *, solver: Solver, evaluations: int
-) -> Picker:
+def flow_picker(layout: LevelLayout, codebook_VC: Tensor, noise_BLC: Tensor, config: FlowMapConfig) -> Picker:
     """DD1's deterministic map (section 3.2): each token is where the flow takes the noise at its position."""
 
     def pick(level: int, log_p_BlV: Tensor) -> Tensor:
         noise_BlC = noise_BLC[:, layout.positions(level)]
         ids_N = flow_map(
-            noise_BlC.flatten(0, 1), log_p_BlV.flatten(0, 1), codebook_VC, evaluations=evaluations, solver=solver
+            noise_BlC.flatten(0, 1),
+            log_p_BlV.flatten(0, 1),
+            codebook_VC,
+            solver=config.solver,
+            evaluations=config.evaluations,
+            tolerance=config.tolerance,
         )
         return ids_N.view(noise_BlC.shape[:2])
 

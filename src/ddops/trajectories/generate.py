@@ -37,6 +37,7 @@ def trajectory_settings(
         },
         "solver": config.solver,
         "evaluations": config.evaluations,
+        "tolerance": config.tolerance,
         "shard_size": config.shard_size,
         # Rounding in a matrix product may depend on its size, and a rounding error can move a token.
         "batch_size": config.batch_size,
@@ -102,9 +103,7 @@ def _make_shard(
         labels_B = trajectory_labels(seed, indices_B, teacher.num_classes)
         noise_BLC = trajectory_noise(seed, indices_B, (teacher.layout.length, codebook_VC.shape[1]))
         device = codebook_VC.device
-        pick = flow_picker(
-            teacher.layout, codebook_VC, noise_BLC.to(device), solver=config.solver, evaluations=config.evaluations
-        )
+        pick = flow_picker(teacher.layout, codebook_VC, noise_BLC.to(device), config)
         ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B).to(device), sampling, pick)
         labels.append(labels_B.astype(np.uint16))
         ids.append(ids_BL.cpu().numpy().astype(np.uint16))
