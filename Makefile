@@ -5,18 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: reproduce test test-fast lint format clean-state help
+.PHONY: reproduce prefect test test-fast lint format clean-state help
 
 help:
 	@echo "make reproduce   from real images to an exported one-step generator (about ten minutes on two cores)"
+	@echo "make prefect     a Prefect server with the deployments of deploy/prefect.yaml, and a worker"
 	@echo "make test        the whole test suite"
-	@echo "make test-fast   without the runs of the whole pipeline"
+	@echo "make test-fast   without the runs of the whole pipeline and of Prefect's server"
 	@echo "make lint        ruff and mypy"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ddops needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flows]'
 	@touch $@
 
 reproduce: $(READY)
@@ -26,11 +27,14 @@ reproduce: $(READY)
 	@echo "sample grid   $(CURDIR)/reports/grids/dd1_1step.png"
 	@echo "ONNX model    $(CURDIR)/artifacts/onnx/model.onnx"
 
+prefect: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.up
+
 test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
 
 test-fast: $(READY)
-	$(BIN)/pytest -m 'not pipeline'
+	$(BIN)/pytest -m 'not pipeline and not prefect'
 
 lint: $(READY)
 	$(BIN)/ruff check .

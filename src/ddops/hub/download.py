@@ -37,7 +37,7 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
 from ddops.files import looks_like_html, sha256_file
-from ddops.hub.records import DownloadError, FileRecord, HubRecords
+from ddops.hub.records import DownloadError, FileRecord, HubAwayError, HubRecords
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -236,14 +236,16 @@ def _with_retries(what: str, action: Callable[[], T]) -> T:
     """``action()``, again after errors that may pass, later and later.
 
     Raises:
-        DownloadError: an error that stays, in plain words.
+        DownloadError: an error that stays, in plain words; a HubAwayError if it may still pass.
     """
     for attempt in range(len(BACKOFF_SECONDS) + 1):
         try:
             return action()
         except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled, OSError) as error:
-            if attempt == len(BACKOFF_SECONDS) or not _may_pass(error):
+            if not _may_pass(error):
                 raise DownloadError(f"{what}: {_explained(error)}") from error
+            if attempt == len(BACKOFF_SECONDS):
+                raise HubAwayError(f"{what}: {_explained(error)}") from error
             delay = BACKOFF_SECONDS[attempt]
             log.warning("%s: %s; trying again in %d s", what, _explained(error), delay)
             time.sleep(delay)

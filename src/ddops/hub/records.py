@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddops.files import write_json
-from ddops.models.errors import CheckpointError
+from ddops.models.errors import CheckpointError, MayPassError
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +19,10 @@ LOCK: Final = Path("hub.lock.json")
 
 class DownloadError(CheckpointError):
     """Published weights that cannot be had, or are not what they should be."""
+
+
+class HubAwayError(DownloadError, MayPassError):
+    """The hub does not answer, or not now."""
 
 
 @dataclass(frozen=True)

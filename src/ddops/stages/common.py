@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ddops.config.load import ConfigError, load_config
-from ddops.models.errors import CheckpointError
+from ddops.models.errors import CheckpointError, MayPassError
 from ddops.stages import paths
 from ddops.training.errors import ReplicaLost, TrainingDiverged
 from ddops.trajectories.shards import DatasetError
@@ -32,6 +32,15 @@ def inception_not_built(what: str) -> StageError:
     )
 
 
+class ModelRefusedError(StageError):
+    """The gate said no. The pipeline worked; the model is not good enough."""
+
+
+EXIT_REFUSED = 3
+EXIT_TRY_AGAIN = 75
+"""Exit codes of a stage, for whoever runs the pipeline: refused by the gate; trouble that may pass (as EX_TEMPFAIL in
+sysexits.h). Any other failure that was explained is 1."""
+
 EXPECTED_ERRORS = (ConfigError, CheckpointError, DatasetError, StageError, TrainingDiverged, ReplicaLost, OSError)
 
 
@@ -41,7 +50,7 @@ def sections(stage: Stage) -> tuple[str, ...]:
 
 
 def run_stage(stage: Stage) -> None:
-    """Call ``stage`` with its sections of ``params.yaml``; on a known error print it and exit with 1."""
+    """Call ``stage`` with its sections of ``params.yaml``; on a known error print it and exit with its code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("dvc", "dvclive", "httpx", "onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -51,7 +60,14 @@ def run_stage(stage: Stage) -> None:
     except EXPECTED_ERRORS as error:
         # The file's name: run with `python -m`, the module's own is "__main__".
         print(f"\n{Path(inspect.getfile(stage)).stem}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(exit_code(error)) from None
+
+
+def exit_code(error: Exception) -> int:
+    """What kind of failure an expected error is."""
+    if isinstance(error, ModelRefusedError):
+        return EXIT_REFUSED
+    return EXIT_TRY_AGAIN if isinstance(error, MayPassError | ReplicaLost) else 1
 
 
 def require(path: Path, stage: str) -> Path:

@@ -1,0 +1,2 @@
+"""Prefect's side of ddops: when, where and whom to tell. What is up to date stays DVC's business, and machine
+learning ``ddops``'; see docs/PREFECT.md."""

@@ -1,0 +1,181 @@
+"""What a run shows in Prefect's pages: progress, figures beside production's, the gate's decision, pictures, links."""
+
+from __future__ import annotations
+
+import base64
+import contextvars
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from ddops.stages import paths
+from flows.dvc import DvcError, metrics_beside
+from flows.progress import Progress
+
+UPDATE_SECONDS = 2.0
+MAX_IMAGE_BYTES = 1 << 20
+"""Pictures are kept in Prefect's database; a larger one is left to the report."""
+REPORTS_URL = "DDOPS_REPORTS_URL"
+"""Where the directory ``reports`` is served, if it is; else links name the file."""
+
+
+class ProgressArtifact:
+    """A stage's progress bar on the run's page. A context manager.
+
+    Updates are sent by a thread of its own: a server that is slow, or away, must not hold up a stage's output.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self._key = artifact_key("progress", stage)
+        self._latest: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._send_all,), name=self._key, daemon=True)
+
+    def __enter__(self) -> ProgressArtifact:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._latest.put(None)
+        self._thread.join(timeout=UPDATE_SECONDS * 5)
+
+    def show(self, progress: Progress) -> None:
+        """To be sent when its turn comes; of several, only the last."""
+        self._latest.put(progress)
+
+    def _send_all(self) -> None:
+        artifact = None
+        ended = False
+        while not ended:
+            waiting = [self._latest.get()]
+            while not self._latest.empty():
+                waiting.append(self._latest.get())
+            ended = waiting[-1] is None
+            if not (known := [progress for progress in waiting if progress is not None]):
+                continue
+            try:
+                artifact = self._send(artifact, known[-1])
+            except httpx.HTTPError:
+                # Progress is there to be watched; the stage goes on without.
+                continue
+            if not ended:
+                time.sleep(UPDATE_SECONDS)
+
+    def _send(self, artifact: Any, progress: Progress) -> Any:
+        percent, description = float(progress.percent), f"{progress.title}: {progress.text}"
+        if artifact is None:
+            return create_progress_artifact(percent, key=self._key, description=description)
+        update_progress_artifact(artifact, percent, description=description)
+        return artifact
+
+
+def artifact_key(*parts: str) -> str:
+    """A key that Prefect takes: lower-case letters, digits and dashes."""
+    return "-".join(parts).lower().replace("_", "-")
+
+
+def metrics_table(workspace: Path, production: str) -> None:
+    """Every metric of the workspace beside the one that Git revision ``production`` has."""
+    try:
+        files = metrics_beside(workspace, production)
+        said = f"This run beside production (Git revision `{production}`)."
+    except DvcError as error:
+        files, said = _alone(workspace), f"This run. No figures of production: {error}."
+    rows = [
+        {"metric": f"{Path(file).stem}: {name}", **_compared(values.get("new"), values.get("old"))}
+        for file, metrics in files.items()
+        for name, values in metrics.items()
+        if _is_figure(values.get("new")) or _is_figure(values.get("old"))
+    ]
+    create_table_artifact(rows, key="metrics", description=said)
+
+
+def _alone(workspace: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    metrics = json.loads((workspace / paths.METRICS).read_text())
+    return {str(paths.METRICS): {name: {"new": value} for name, value in _flat(metrics)}}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _compared(new: Any, old: Any) -> dict[str, str]:
+    change = f"{new - old:+.4g}" if _is_figure(new) and _is_figure(old) else ""
+    return {"this run": _shown(new), "production": _shown(old), "change": change}
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def gate_decision(workspace: Path, production: str) -> None:
+    """The gate's verdicts, rule by rule."""
+    decision = json.loads((workspace / paths.GATE_DECISION).read_text())
+    lines = [
+        "# Accepted" if decision["passed"] else "# Refused: nothing was exported, production is untouched",
+        "",
+        "| | rule | value | bound |",
+        "|---|---|---|---|",
+        *(
+            f"| {'passed' if rule['passed'] else '**failed**'} | {rule['rule']} | "
+            f"{rule['quantity']} = {_shown(rule['value']) or 'missing'} | {rule['bound']} |"
+            for rule in decision["rules"]
+        ),
+    ]
+    create_markdown_artifact("\n".join(lines), key="gate", description="The gate's decision")
+
+
+def image_grids(workspace: Path, production: str) -> None:
+    """Each grid of samples, in the artifact itself, so that the page shows it wherever the browser is."""
+    for path in sorted((workspace / paths.GRIDS).glob("*.png")):
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            _link(workspace, path, artifact_key("grid", path.stem))
+            continue
+        url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        create_image_artifact(url, key=artifact_key("grid", path.stem), description=path.stem)
+
+
+def report_link(workspace: Path, production: str) -> None:
+    """Where the report is."""
+    _link(workspace, workspace / paths.REPORT, "report")
+
+
+def _link(workspace: Path, path: Path, key: str) -> None:
+    base = os.environ.get(REPORTS_URL)
+    inside = path.relative_to(workspace / paths.REPORTS)
+    url = f"{base.rstrip('/')}/{inside}" if base else path.resolve().as_uri()
+    create_link_artifact(url, link_text=str(path.relative_to(workspace)), key=key)
+
+
+AFTER_STAGE: dict[str, Callable[[Path, str], None]] = {
+    "sample": image_grids,
+    "evaluate": metrics_table,
+    "gate": gate_decision,
+    "report": report_link,
+}
+"""What to publish when a stage has made its outputs, or DVC found them up to date; arguments: workspace, production."""

@@ -1,0 +1,201 @@
+"""The flow ``retrain``: DVC's stages one after the other, each a Prefect task. Thin: see docs/PREFECT.md."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed, Crashed, Failed
+from pydantic import Field
+
+from ddops.config.load import ConfigError
+from flows import artifacts, dvc
+from flows.dvc import Outcome, Result, Stage
+from flows.environment import GPU_TAG
+from flows.progress import parse_bar
+from flows.workspace import WorkspaceBusyError, compose_parameters, end_with_the_worker, locked, write_parameters
+
+LOG_PROGRESS_SECONDS = 10.0
+RETRIES = 3
+
+Preset = Annotated[
+    str, Field(json_schema_extra={"enum": sorted(file.stem for file in Path("params/preset").glob("*.yaml"))})
+]
+Override = Annotated[str, Field(pattern=r"^(\+{0,2}[\w.]+=.*|~[\w.]+)$")]
+
+
+@flow(name="retrain", description="`dvc repro` by stages: retrain, judge, refuse or export.", persist_result=False)
+def retrain(
+    preset: Preset = "digits",
+    seed: Annotated[int, Field(ge=0)] | None = None,
+    trajectories: Annotated[int, Field(ge=0)] | None = None,
+    overrides: list[Override] | None = None,
+    target: str | None = None,
+    force: bool = False,
+    remote: str | None = None,
+    production: str = "HEAD",
+    wait_seconds: Annotated[float, Field(ge=0)] = 3600.0,
+    retry_seconds: Annotated[float, Field(gt=0)] = 30.0,
+) -> State[Any]:
+    """Bring the workspace (the working directory) up to date with what the parameters ask for.
+
+    Args:
+        preset: a preset of params/preset.
+        seed: of everything random; the preset's own if left out.
+        trajectories: the size of the data set that the student learns from; the preset's own if left out.
+        overrides: more settings as `section.key=value`, e.g. `dd1.training.steps=8000`.
+        target: the last stage to run; all of them if left out.
+        force: run stages even if they are up to date.
+        remote: a DVC remote to fetch results from before, and to push them to after; none if left out.
+        production: the Git revision whose metrics the table shows beside this run's.
+        wait_seconds: how long to wait for another run in the same workspace.
+        retry_seconds: the first wait before trying again what may pass; then twice that, and so on.
+    """
+    workspace = Path.cwd()
+    if os.environ.get("PREFECT__FLOW_RUN_ID"):
+        end_with_the_worker()
+    log = get_run_logger()
+    try:
+        values = compose_parameters(workspace, preset, seed, trajectories, overrides or [])
+        plan = dvc.stages(workspace, target)
+        with locked(workspace, f"run {flow_run.get_name()}", wait_seconds, log.info) as lock:
+            write_parameters(workspace, values)
+            return _run_all(plan, Job(workspace, lock, force, remote, production, retry_seconds))
+    except (ConfigError, dvc.DvcError) as error:
+        return Failed(name="ParametersRefused", message=str(error))
+    except WorkspaceBusyError as error:
+        return Failed(name="WorkspaceBusy", message=str(error))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step of a run needs to know; see :func:`retrain`."""
+
+    workspace: Path
+    lock: int
+    force: bool
+    remote: str | None
+    production: str
+    retry_seconds: float
+
+    @property
+    def delays(self) -> list[float]:
+        """Seconds to wait before each retry."""
+        return [self.retry_seconds * 2**attempt for attempt in range(RETRIES)]
+
+
+def _run_all(plan: list[Stage], job: Job) -> State[Any]:
+    """Everything in order, up to the first that does not end well: its state is the run's."""
+    log = get_run_logger()
+    states: dict[str, State[Any]] = {}
+    if (pulled := _transfer("pull", job)) is not None and not pulled.is_completed():
+        return _like(pulled, "pull")
+    for number, stage in enumerate(plan, 1):
+        log.info("[%d/%d] %s", number, len(plan), stage.name)
+        named = run_stage.with_options(
+            name=stage.name,
+            task_run_name=stage.name,
+            tags=[GPU_TAG] if stage.device == "gpu" else [],
+            retry_delay_seconds=job.delays,
+        )
+        needed = [states[name] for name in stage.needs]
+        state: State[Any] = named(stage, job, wait_for=needed, return_state=True)
+        states[stage.name] = state
+        publish = artifacts.AFTER_STAGE.get(stage.name)
+        if publish is not None and (state.is_completed() or state.name == "Refused"):
+            publish(job.workspace, job.production)
+        if not state.is_completed():
+            return _like(state, stage.name)
+    if (pushed := _transfer("push", job)) is not None and not pushed.is_completed():
+        return _like(pushed, "push")
+    ran = [name for name, state in states.items() if state.name != "Cached"]
+    kept = len(states) - len(ran)
+    return Completed(message=f"{len(ran)} stages ran ({', '.join(ran) or 'none'}), {kept} were up to date")
+
+
+def _transfer(direction: str, job: Job) -> State[Any] | None:
+    if job.remote is None:
+        return None
+    named = run_transfer.with_options(name=direction, task_run_name=direction, retry_delay_seconds=job.delays)
+    state: State[Any] = named(direction, job, return_state=True)
+    return state
+
+
+def _like(state: State[Any], what: str) -> State[Any]:
+    """The run's state after a task's that did not end well."""
+    return State(type=state.type, name=state.name, message=f"{what}: {state.message}")
+
+
+def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Whether trying again may help."""
+    return state.name == "TryAgain"
+
+
+@task(retries=RETRIES, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
+def run_stage(stage: Stage, job: Job) -> State[Any]:
+    """One DVC stage."""
+    log = get_run_logger()
+    with artifacts.ProgressArtifact(stage.name) as progress:
+        forward = _forward(log, progress)
+        return as_state(dvc.reproduce(stage, job.workspace, forward, force=job.force, lock=job.lock))
+
+
+@task(retries=RETRIES, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
+def run_transfer(direction: str, job: Job) -> State[Any]:
+    """Fetch from the DVC remote what the workspace lacks of its results, or push there what it has."""
+    arguments = {"pull": ["pull", "--allow-missing", "--run-cache"], "push": ["push", "--run-cache"]}[direction]
+    log = get_run_logger()
+    with artifacts.ProgressArtifact(direction) as progress:
+        forward = _forward(log, progress)
+        result = dvc.run([*arguments, "--remote", str(job.remote)], job.workspace, forward, lock=job.lock)
+    if result.outcome is Outcome.FAILED:
+        # DVC does not say why in its exit code; a remote that is away is the likeliest.
+        result = Result(Outcome.TRY_AGAIN, result.seconds, f"remote {job.remote}: {result.message}")
+    return as_state(result)
+
+
+def as_state(result: Result) -> State[Any]:
+    """Prefect's state for what became of a command."""
+    match result.outcome:
+        case Outcome.RAN:
+            return Completed(message=f"ran in {result.seconds:.1f} s")
+        case Outcome.UP_TO_DATE | Outcome.RESTORED:
+            return Completed(name="Cached", message=result.message)
+        case Outcome.REFUSED:
+            return Failed(name="Refused", message=result.message)
+        case Outcome.TRY_AGAIN:
+            return Failed(name="TryAgain", message=result.message)
+        case Outcome.TIMED_OUT:
+            return Failed(name="TimedOut", message=result.message)
+        case Outcome.KILLED:
+            return Crashed(message=result.message)
+        case Outcome.FAILED:
+            return Failed(message=result.message)
+
+
+def _forward(
+    log: logging.Logger | logging.LoggerAdapter[Any], progress: artifacts.ProgressArtifact
+) -> Callable[[str], None]:
+    """Lines go to the run's log, progress bars to the artifact, and now and then to the log too."""
+    last = 0.0
+
+    def forward(piece: str) -> None:
+        nonlocal last
+        if (bar := parse_bar(piece)) is None:
+            log.info("%s", piece.rstrip())
+            return
+        progress.show(bar)
+        if bar.percent == 100 or time.monotonic() - last > LOG_PROGRESS_SECONDS:
+            last = time.monotonic()
+            log.info("%s %d %%, %s", bar.title, bar.percent, bar.text)
+
+    return forward

@@ -1,0 +1,21 @@
+"""A Prefect worker whose runs end when it does: ``python -m flows.worker`` in a workspace, with PREFECT_API_URL set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from flows.environment import POOL, settings
+from flows.workspace import WORKER_PID
+
+
+def main() -> None:
+    """Become the worker: this process goes on as it, so its runs know which parent to look for."""
+    os.environ |= {**settings(Path.cwd()), WORKER_PID: str(os.getpid())}
+    arguments = ["-m", "prefect", "worker", "start", "--pool", POOL, *sys.argv[1:]]
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+if __name__ == "__main__":
+    main()

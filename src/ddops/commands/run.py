@@ -1,0 +1,34 @@
+"""``ddops run``: the pipeline as a Prefect flow, without a server. The flow is not in this package: it is called."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ddops.commands.arguments import CommandError, Subparsers
+
+
+def register(commands: Subparsers) -> None:
+    """Declare the command; its arguments are the flow's own business."""
+    running = commands.add_parser(
+        "run",
+        help="run the pipeline stage by stage as a Prefect flow, no server needed",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    running.add_argument("arguments", nargs=argparse.REMAINDER)
+    running.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Become the flow's process.
+
+    Raises:
+        CommandError: this is no workspace with flows.
+    """
+    if not Path("flows/__main__.py").is_file():
+        raise CommandError("no flows/ here: run from a checkout of ddops")
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "flows", *arguments.arguments])

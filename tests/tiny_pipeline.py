@@ -1,0 +1,181 @@
+"""A DVC project with the pipeline's stage names whose stages only sleep, print or fail: for the tests of the flows.
+
+Each stage runs ``work.py NAME``, which does what the file ``behave.yaml`` says for that name; DVC does not know of that file,
+so changing it does not make a stage out of date. Parameters come from the real ``params/``.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+WORK = """
+import base64, json, os, signal, subprocess, sys, time
+from pathlib import Path
+import yaml
+
+name, *outputs = sys.argv[1:]
+behaviour = (yaml.safe_load(Path("behave.yaml").read_text()) or {}).get(name, {})
+Path(".ddops").mkdir(exist_ok=True)
+with open(".ddops/ran", "a") as file:
+    file.write(f"{name} {os.getpid()}\\n")
+print(f"{name} at work", flush=True)
+if behaviour.get("stray"):  # a process in a session of its own
+    stray = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    Path(".ddops/stray").write_text(str(stray.pid))
+if behaviour.get("deaf"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+checkpoint = Path(f".ddops/state/{name}")
+steps = behaviour.get("steps", 0)
+first = int(checkpoint.read_text()) if checkpoint.exists() else 0
+if first:
+    print(f"{name}: resuming at step {first} of {steps}", flush=True)
+for step in range(first, steps):
+    time.sleep(0.1)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(str(step + 1))
+    print(f"\\r{name}: {100 * (step + 1) // steps:3d}%|###| {step + 1}/{steps} [00:01<00:01, 9.9step/s]", end="", file=sys.stderr, flush=True)
+checkpoint.unlink(missing_ok=True)
+if steps:
+    print(file=sys.stderr)
+if behaviour.get("fill"):
+    with open(".ddops/state/huge", "wb") as file:
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+for text in behaviour.get("say", []):
+    print(text, file=sys.stderr, flush=True)
+for path in map(Path, outputs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seed = yaml.safe_load(Path("params.yaml").read_text())["seed"]
+    if path.name == "metrics.json":
+        path.write_text(json.dumps({"dd1_1step": {"fid": 7.5 + seed}, "teacher": {"fid": 4.0}}))
+    elif path.name == "gate.json":
+        passed = not behaviour.get("refuse")
+        rule = {"rule": "near the teacher", "quantity": "dd1_1step.fid", "value": 7.5, "bound": "at most 2", "passed": passed}
+        path.write_text(json.dumps({"passed": passed, "rules": [rule]}))
+    elif path.name == "grids":
+        path.mkdir()
+        (path / "dd1_1step.png").write_bytes(base64.b64decode(
+            "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="))
+    else:
+        path.write_text(f"{name} {seed}")
+if behaviour.get("refuse"):
+    print("FAILED near the teacher: exceeded by 5.5", file=sys.stderr)
+    sys.exit(3)
+flaky = behaviour.get("flaky", 0)
+if flaky:
+    tries = sum(line.split()[0] == name for line in open(".ddops/ran"))
+    if tries <= flaky:
+        sys.exit(75)
+sys.exit(behaviour.get("exit", 0))
+"""
+
+STAGES = {
+    "teacher": {"needs": [], "outs": ["artifacts/teacher"], "meta": {"timeout": 300}},
+    "distill_dd1": {"needs": ["artifacts/teacher"], "outs": ["artifacts/dd1"]},
+    "sample": {"needs": ["artifacts/dd1"], "outs": ["reports/grids"], "meta": {"device": "cpu"}},
+    "evaluate": {"needs": ["reports/grids"], "metrics": ["reports/metrics.json"], "meta": {"device": "cpu"}},
+    "gate": {"needs": ["reports/metrics.json"], "outs": ["reports/gate.json"], "meta": {"device": "cpu"}},
+    "export_onnx": {
+        "needs": ["reports/gate.json", "artifacts/dd1"],
+        "outs": ["artifacts/onnx"],
+        "meta": {"device": "cpu"},
+    },
+    "report": {"needs": ["artifacts/onnx"], "outs": ["reports/index.html"], "meta": {"device": "cpu"}},
+}
+
+
+def declared(names=tuple(STAGES), **meta):
+    """``dvc.yaml`` with some of the stages; ``meta`` changes a stage's, by name."""
+    stages = {}
+    for name in names:
+        stage = STAGES[name]
+        outputs = [*stage.get("outs", []), *stage.get("metrics", [])]
+        needs = [path for path in stage["needs"] if any(path in outs(STAGES[other]) for other in names)]
+        stages[name] = {
+            "cmd": f"python work.py {name} {' '.join(outputs)}",
+            "params": ["seed"],
+            "deps": needs,
+            "meta": {**stage.get("meta", {}), **meta.get(name, {})},
+            **({"outs": stage["outs"]} if "outs" in stage else {}),
+            **({"metrics": [{path: {"cache": False}} for path in stage["metrics"]]} if "metrics" in stage else {}),
+        }
+    return {"stages": stages}
+
+
+def outs(stage):
+    return [*stage.get("outs", []), *stage.get("metrics", [])]
+
+
+def make(workspace, names=tuple(STAGES), **meta):
+    """Write, compose (preset smoke) and commit such a project; its code and flows are this checkout's."""
+    workspace.mkdir(parents=True)
+    shutil.copytree(ROOT / "params", workspace / "params")
+    for linked in ("flows", "deploy"):
+        (workspace / linked).symlink_to(ROOT / linked)
+    (workspace / "work.py").write_text(WORK)
+    (workspace / ".gitignore").write_text("/.ddops/\n__pycache__\n/artifacts/\n/behave.yaml\n/flows\n/deploy\n")
+    (workspace / "dvc.yaml").write_text(yaml.safe_dump(declared(names, **meta), sort_keys=False))
+    behave(workspace)
+    git(workspace, "init", "--quiet")
+    python(workspace, "-m", "dvc", "init", "--quiet")
+    python(workspace, "-m", "ddops.cli", "compose", "preset=smoke")
+    git(workspace, "add", "--all")
+    git(workspace, "commit", "--quiet", "--message", "tiny")
+    return workspace
+
+
+def behave(workspace, **behaviour):
+    """Say how stages behave from now on."""
+    (workspace / "behave.yaml").write_text(yaml.safe_dump(behaviour))
+
+
+def ran(workspace):
+    """The stages that ran, in order, and under which process id."""
+    path = workspace / ".ddops" / "ran"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(name, int(pid)) for name, pid in map(str.split, lines)]
+
+
+def environment(workspace):
+    """This interpreter and checkout, one thread, no configuration of the user's, nothing of Prefect's, no network."""
+    private = workspace.parent / f"{workspace.name}-dvc"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DDOPS"))}
+    return {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_GLOBAL_CONFIG_DIR": str(private),
+        "DVC_SYSTEM_CONFIG_DIR": str(private),
+        "DVC_SITE_CACHE_DIR": str(private),
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        **{
+            f"GIT_{who}_{what}": f"{what.lower()}@example.invalid"
+            for who in ("AUTHOR", "COMMITTER")
+            for what in ("NAME", "EMAIL")
+        },
+    }
+
+
+def git(workspace, *arguments):
+    subprocess.run(["git", *arguments], cwd=workspace, env=environment(workspace), check=True)
+
+
+def python(workspace, *arguments):
+    """Run this interpreter there; gives what it printed."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=workspace,
+        env=environment(workspace),
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
