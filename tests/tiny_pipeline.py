@@ -1,7 +1,7 @@
 """A DVC project with the pipeline's stage names whose stages only sleep, print or fail: for the tests of the flows.
 
-Each stage runs ``work.py NAME``, which does what the file ``behave.yaml`` says for that name; DVC does not know of that file,
-so changing it does not make a stage out of date. Parameters come from the real ``params/``.
+Each stage runs tests/tiny_work.py, which does what the file ``behave.yaml`` says for its name; DVC does not know of
+that file, so changing it does not make a stage out of date. Parameters come from the real ``params/``.
 """
 
 import os
@@ -13,68 +13,6 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-
-WORK = """
-import base64, json, os, signal, subprocess, sys, time
-from pathlib import Path
-import yaml
-
-name, *outputs = sys.argv[1:]
-behaviour = (yaml.safe_load(Path("behave.yaml").read_text()) or {}).get(name, {})
-Path(".ddops").mkdir(exist_ok=True)
-with open(".ddops/ran", "a") as file:
-    file.write(f"{name} {os.getpid()}\\n")
-print(f"{name} at work", flush=True)
-if behaviour.get("stray"):  # a process in a session of its own
-    stray = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    Path(".ddops/stray").write_text(str(stray.pid))
-if behaviour.get("deaf"):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-checkpoint = Path(f".ddops/state/{name}")
-steps = behaviour.get("steps", 0)
-first = int(checkpoint.read_text()) if checkpoint.exists() else 0
-if first:
-    print(f"{name}: resuming at step {first} of {steps}", flush=True)
-for step in range(first, steps):
-    time.sleep(0.1)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(str(step + 1))
-    print(f"\\r{name}: {100 * (step + 1) // steps:3d}%|###| {step + 1}/{steps} [00:01<00:01, 9.9step/s]", end="", file=sys.stderr, flush=True)
-checkpoint.unlink(missing_ok=True)
-if steps:
-    print(file=sys.stderr)
-if behaviour.get("fill"):
-    with open(".ddops/state/huge", "wb") as file:
-        while True:
-            file.write(bytes(1 << 16))
-            file.flush()
-for text in behaviour.get("say", []):
-    print(text, file=sys.stderr, flush=True)
-for path in map(Path, outputs):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seed = yaml.safe_load(Path("params.yaml").read_text())["seed"]
-    if path.name == "metrics.json":
-        path.write_text(json.dumps({"dd1_1step": {"fid": 7.5 + seed}, "teacher": {"fid": 4.0}}))
-    elif path.name == "gate.json":
-        passed = not behaviour.get("refuse")
-        rule = {"rule": "near the teacher", "quantity": "dd1_1step.fid", "value": 7.5, "bound": "at most 2", "passed": passed}
-        path.write_text(json.dumps({"passed": passed, "rules": [rule]}))
-    elif path.name == "grids":
-        path.mkdir()
-        (path / "dd1_1step.png").write_bytes(base64.b64decode(
-            "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="))
-    else:
-        path.write_text(f"{name} {seed}")
-if behaviour.get("refuse"):
-    print("FAILED near the teacher: exceeded by 5.5", file=sys.stderr)
-    sys.exit(3)
-flaky = behaviour.get("flaky", 0)
-if flaky:
-    tries = sum(line.split()[0] == name for line in open(".ddops/ran"))
-    if tries <= flaky:
-        sys.exit(75)
-sys.exit(behaviour.get("exit", 0))
-"""
 
 STAGES = {
     "teacher": {"needs": [], "outs": ["artifacts/teacher"], "meta": {"timeout": 300}},
@@ -119,7 +57,7 @@ def make(workspace, names=tuple(STAGES), **meta):
     shutil.copytree(ROOT / "params", workspace / "params")
     for linked in ("flows", "deploy"):
         (workspace / linked).symlink_to(ROOT / linked)
-    (workspace / "work.py").write_text(WORK)
+    shutil.copy(ROOT / "tests" / "tiny_work.py", workspace / "work.py")
     (workspace / ".gitignore").write_text("/.ddops/\n__pycache__\n/artifacts/\n/behave.yaml\n/flows\n/deploy\n")
     (workspace / "dvc.yaml").write_text(yaml.safe_dump(declared(names, **meta), sort_keys=False))
     behave(workspace)

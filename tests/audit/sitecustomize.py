@@ -1,4 +1,4 @@
-"""Python runs this first, in every process of a test that has this directory on PYTHONPATH: it writes down who is called.
+"""Python runs this first, in each process that has this directory on PYTHONPATH: it writes down who is called.
 
 Each address that a process connects to or looks up, other than this machine's own, is a line in $DDOPS_AUDIT_LOG.
 """
