@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
@@ -23,11 +22,6 @@ from prefect_world import PATIENCE, Receiver, World, alive, eventually, free_por
 from tiny_pipeline import behave, ran
 
 pytestmark = pytest.mark.prefect
-
-CRASH_SEEN_WITHIN = 30
-"""Seconds, stated in docs/PREFECT.md, from the worker's end to the state Crashed, while the machine lives."""
-SILENCE_SEEN_WITHIN = 90 + 60
-"""Likewise when the machine is gone: the automation's patience, and what the server takes to look."""
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +68,9 @@ def silenced(world):
     os.kill(world.worker.pid, signal.SIGSTOP)
     os.killpg(flow, signal.SIGKILL)
     world.kill_worker()
-    when = time.time()
     eventually(lambda: not alive(stage), "the end of the stage")
     world.start_worker()
-    return run, when
+    return run
 
 
 @pytest.fixture
@@ -313,7 +306,7 @@ def test_a_killed_worker_leaves_no_orphan_and_the_next_run_goes_on_from_the_chec
     stage = started(world, "teacher")
     eventually(lambda: steps_of(workspace, "teacher") > 3, "a checkpoint")
     world.kill_worker()
-    assert world.ended(run, CRASH_SEEN_WITHIN)[:2] == ("CRASHED", "Crashed")
+    assert world.ended(run)[:2] == ("CRASHED", "Crashed")
     assert_clean(workspace, stage)
     assert not alive(int((workspace / ".ddops" / "stray").read_text()))
     reached = steps_of(workspace, "teacher")
@@ -420,7 +413,7 @@ def test_ddops_run_needs_no_server_and_shows_progress(world, tmp_path):
     env = {name: value for name, value in world.env.items() if not name.startswith("PREFECT")}
     command = [sys.executable, "-m", "ddops.cli", "run", "smoke"]
     result = subprocess.run(
-        command, cwd=workspace, env=env, capture_output=True, text=True, check=False, timeout=2 * PATIENCE
+        command, cwd=workspace, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
@@ -430,7 +423,7 @@ def test_ddops_run_needs_no_server_and_shows_progress(world, tmp_path):
     assert "Traceback" not in output
     behave(workspace, distill_dd1={"exit": 1, "say": ["ValueError: no such class"]})
     result = subprocess.run(
-        [*command, "seed=5"], cwd=workspace, env=env, capture_output=True, text=True, check=False, timeout=2 * PATIENCE
+        [*command, "seed=5"], cwd=workspace, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert result.returncode == 1
     assert "Failed: distill_dd1: exited with 1" in result.stderr
@@ -466,8 +459,8 @@ def test_one_command_starts_everything_and_ends_it(world, tmp_path):
 
 
 def test_a_run_that_falls_silent_is_found_crashed(world, silenced, receiver):
-    run, when = silenced
-    kind, name, message = world.ended(run, max(1.0, when + SILENCE_SEEN_WITHIN - time.time()))
+    run = silenced
+    kind, name, message = world.ended(run)
     assert (kind, name) == ("CRASHED", "Crashed")
     assert "No sign of life" in message
     eventually(
