@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: reproduce prefect test test-fast lint format clean-state help
+.PHONY: reproduce prefect prefect-worker test test-fast lint format clean-state help
 
 help:
 	@echo "make reproduce   from real images to an exported one-step generator (about ten minutes on two cores)"
@@ -29,6 +29,9 @@ reproduce: $(READY)
 
 prefect: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.up
+
+prefect-worker: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.worker
 
 test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest

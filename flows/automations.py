@@ -7,12 +7,11 @@ from datetime import timedelta
 from typing import Any
 
 from prefect import get_client
-from prefect.automations import Automation
 from prefect.blocks.core import Block
 from prefect.blocks.notifications import CustomWebhookNotificationBlock, SlackWebhook
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ActionTypes, ChangeFlowRunState, SendNotification
-from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from pydantic import SecretStr
 
 from flows.environment import HEARTBEAT_SECONDS
@@ -37,9 +36,9 @@ def _events(*names: str) -> set[str]:
     return {f"prefect.flow-run.{name}" for name in names}
 
 
-def crash_silent_runs() -> Automation:
+def crash_silent_runs() -> AutomationCore:
     """A run whose heart stopped is marked crashed: its machine or its processes are gone."""
-    return Automation(
+    return AutomationCore(
         name="ddops: crash silent runs",
         description=f"No heartbeat for {SILENT_AFTER.total_seconds():g} s",
         trigger=EventTrigger(
@@ -62,10 +61,10 @@ def crash_silent_runs() -> Automation:
     )
 
 
-def tell_of_bad_ends(block_id: Any) -> Automation:
+def tell_of_bad_ends(block_id: Any) -> AutomationCore:
     """Send a notification for each run that ends badly, a refused model among them, with the reason."""
     actions: list[ActionTypes] = [SendNotification(block_document_id=block_id, subject=SUBJECT, body=BODY)]
-    return Automation(
+    return AutomationCore(
         name="ddops: tell of bad ends",
         trigger=EventTrigger(
             match={"prefect.resource.id": "prefect.flow-run.*"},

@@ -22,6 +22,7 @@ from flows.leash import Leash
 from flows.progress import Progress, parse_bar
 from flows.workspace import LOCK, WorkspaceBusyError, compose_parameters, locked
 from prefect_world import alive, eventually
+from test_architecture import imported_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -271,3 +272,20 @@ def test_parameters_reach_the_configuration():
     assert (values["preset"], values["seed"]) == ("smoke", 5)
     assert values["trajectories"]["count"] == 400
     assert values["dd1"]["training"]["steps"] == 7
+
+
+def test_the_flows_know_little_of_ddops_and_ddops_nothing_of_them():
+    allowed = {"ddops.config.load", "ddops.stages", "ddops.stages.paths", "ddops.stages.common"}
+    for file in (ROOT / "flows").glob("*.py"):
+        used = {name for name in imported_names(file) if name.split(".")[0] == "ddops"}
+        assert {name for name in used if ".".join(name.split(".")[:3]) not in allowed} == set(), file
+    for file in (ROOT / "src").rglob("*.py"):
+        assert not {name for name in imported_names(file) if name.split(".")[0] in ("flows", "prefect")}, file
+
+
+def test_prefect_is_kept_out_of_what_needs_none_of_it():
+    """The leash and the stages' endings are tried without a server, and `ddops run` says what is wrong at once."""
+    modules = "flows.leash, flows.dvc, flows.workspace, flows.progress, flows.environment"
+    code = f"import sys, {modules}; print('prefect' in sys.modules, 'torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]
