@@ -27,6 +27,8 @@ def settings(workspace: Path) -> dict[str, str]:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         # In memory, the default, a restart of the server would leave slots taken by nobody.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # SQLite has one writer at a time; the 10 s that are the default are too few when the machine is busy.
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         # The first start makes the database, which takes longer than the 20 s that are the default on a busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         # 2 + 4 + ... + 256 s: a run outlives eight minutes without its server.

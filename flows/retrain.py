@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_client, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
@@ -26,6 +26,7 @@ from flows.workspace import WorkspaceBusyError, compose_parameters, end_with_the
 
 LOG_PROGRESS_SECONDS = 10.0
 RETRIES = 3
+SERVER_PATIENCE = 480.0
 
 Preset = Annotated[
     str, Field(json_schema_extra={"enum": sorted(file.stem for file in Path("params/preset").glob("*.yaml"))})
@@ -146,7 +147,9 @@ def run_stage(stage: Stage, job: Job) -> State[Any]:
     log = get_run_logger()
     with artifacts.ProgressArtifact(stage.name) as progress:
         forward = _forward(log, progress)
-        return as_state(dvc.reproduce(stage, job.workspace, forward, force=job.force, lock=job.lock))
+        result = dvc.reproduce(stage, job.workspace, forward, force=job.force, lock=job.lock)
+    await_server()
+    return as_state(result)
 
 
 @task(retries=RETRIES, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
@@ -160,7 +163,19 @@ def run_transfer(direction: str, job: Job) -> State[Any]:
     if result.outcome is Outcome.FAILED:
         # DVC does not say why in its exit code; a remote that is away is the likeliest.
         result = Result(Outcome.TRY_AGAIN, result.seconds, f"remote {job.remote}: {result.message}")
+    await_server()
     return as_state(result)
+
+
+def await_server() -> None:
+    """Wait for the server to answer, so that what a stage did in hours is not lost to a server that is just restarting.
+
+    Prefect tries again by itself only where a client has reached the server before, and it often makes a new client.
+    """
+    deadline = time.monotonic() + SERVER_PATIENCE
+    with get_client(sync_client=True) as client:
+        while client.api_healthcheck() is not None and time.monotonic() < deadline:
+            time.sleep(1)
 
 
 def as_state(result: Result) -> State[Any]:
