@@ -1,8 +1,8 @@
 """How the trajectories' cost and disk grow with their number and the teacher's size, for docs/SCALING.md.
 
-For each size, a teacher with random weights (the work is that of a trained one), and the stage itself in a workspace of its own,
-for two numbers of trajectories: the difference is free of what the process needs to start. CPU seconds, not wall time, since
-the machine may be shared.
+For each size, a teacher with random weights (the work is that of a trained one), and the stage itself in a workspace
+of its own, for two numbers of trajectories: the difference is free of what the process needs to start. CPU seconds,
+not wall time, since the machine may be shared.
 
     python benchmarks/scaling.py --output benchmarks/results/scaling.json
 """
