@@ -13,8 +13,8 @@ from torch import Tensor
 from ddops.models.checkpoints_llamagen import llamagen_student_state
 from ddops.models.errors import CheckpointError
 from ddops.models.interface import StudentOutput
-from ddops.models.llamagen import LlamaGenTeacher
-from ddops.models.llamagen_student import LlamaGenStudent, fit_linear
+from ddops.models.llamagen import LlamaGenTeacher, fit_linear
+from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.models.var_student import VARStudent
 from ddops.sampling.few_step import final_sequence, predict, renoise, sample_student
 from llamagen_helpers import LENGTH, SMALL, TINY, golden_student, golden_teacher, random_tokens, randomised

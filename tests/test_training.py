@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ddops.config.load import load_config
-from ddops.config.stages import TrainingConfig
+from ddops.config.training import TrainingConfig
 from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.features import features as features_stage

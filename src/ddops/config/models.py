@@ -103,6 +103,14 @@ ModelConfig = Annotated[VARConfig | LlamaGenConfig, Field(discriminator="family"
 
 
 @config
+class HeadConfig:
+    """The conditional head of DD2's AR-diffusion model: adaptive-norm residual MLP blocks."""
+
+    width: PositiveInt
+    blocks: PositiveInt
+
+
+@config
 class SamplingConfig:
     """How a teacher is sampled. Each family turns ``guidance`` into a scale a level (``Teacher.guidance_scale``)."""
 

@@ -15,41 +15,9 @@ from ddops.config.base import (
     PositiveInt,
     config,
 )
+from ddops.config.dd2 import ARDiffusionConfig, DD2Config
 from ddops.config.models import ModelConfig, SamplingConfig
-
-
-@config
-class TrainingConfig:
-    """One optimisation: linear warm-up then cosine decay, gradient clipping, EMA weights as the result."""
-
-    steps: PositiveInt
-    batch_size: PositiveInt
-    processes: PositiveInt
-    """Processes that share each batch on a CPU, a thread each; 1 leaves the threads to torch. See ``replicas``."""
-    optimizer: Literal["adamw", "muon"]
-    """``muon`` (arXiv 2502.16982) trains the matrices of the transformer blocks, AdamW the rest; about a third fewer
-    steps on the digits."""
-    learning_rate: PositiveFloat
-    final_learning_rate: NonNegativeFloat
-    """Where the cosine ends."""
-    warmup_steps: NonNegativeInt
-    betas: tuple[DecayRate, DecayRate]
-    weight_decay: NonNegativeFloat
-    gradient_clip: PositiveFloat
-    """Largest norm of the gradient."""
-    ema_decay: DecayRate
-    log_every: PositiveInt
-    """Steps between points of the curves."""
-    checkpoint_every: PositiveInt
-    """Steps between checkpoints: what a killed run loses at most."""
-
-    def __post_init__(self) -> None:
-        if self.final_learning_rate > self.learning_rate:
-            raise ValueError("final_learning_rate must not exceed learning_rate")
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} exceed steps {self.steps}")
-        if self.batch_size % self.processes:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {self.processes} processes")
+from ddops.config.training import TrainingConfig
 
 
 @config
@@ -275,7 +243,7 @@ class GateConfig:
 class ExportConfig:
     """The exported graph: noise and class label in, images out, one pass a step."""
 
-    student: Literal["dd1"]
+    student: Literal["dd1", "dd2"]
     steps: PositiveInt
     opset: Literal[18, 20]
     tolerance: PositiveFloat
@@ -295,6 +263,8 @@ class Config:
     sampling: SamplingConfig
     trajectories: TrajectoriesConfig
     dd1: DD1Config
+    ar_diffusion: ARDiffusionConfig
+    dd2: DD2Config
     evaluate: EvaluateConfig
     gate: GateConfig
     export: ExportConfig
@@ -313,6 +283,14 @@ class Config:
             raise ValueError(f"dd1.logit_prefix: {self.dd1.logit_prefix} exceeds the teacher's {levels} {unit}")
         if self.dd1.source == "train" and self.trajectories.count == 0:
             raise ValueError("trajectories.count: 0, but dd1.source is train, which needs some")
+        if self.dd2.source == "train":
+            starts = {self.dd2.start, self.dd2.guidance.start}
+            if "ar_diffusion" in starts and self.ar_diffusion.source == "none":
+                raise ValueError("ar_diffusion.source: none, but dd2 starts from the AR-diffusion model")
+            if self.trajectories.count == 0:
+                raise ValueError("trajectories.count: 0, but dd2.source is train, which needs some")
+        if self.export.student == "dd2" and self.dd2.source == "none":
+            raise ValueError("export.student: dd2, but dd2.source is none")
         if (self.evaluate.protocol == "digits") != (self.features.name == "digits_classifier"):
             raise ValueError(f"features.name: {self.features.name} do not judge the protocol {self.evaluate.protocol}")
         if self.export.steps > len(self.dd1.start_positions):

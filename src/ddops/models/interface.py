@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddops.config.models import SamplingConfig
+from ddops.config.models import ModelConfig, SamplingConfig
 from ddops.models.layout import LevelLayout
 
 
@@ -92,6 +92,49 @@ class Teacher(nn.Module, ABC):
     def decode(self, q_BLC: Tensor) -> Tensor:
         """See :meth:`Tokenizer.decode`."""
         return self.tokenizer.decode(q_BLC)
+
+
+class BackboneSession(TeacherSession):
+    """A sampling run that also gives out what the classifier reads; opened without guidance, one row a sample."""
+
+    @abstractmethod
+    def next_hidden(self) -> Tensor:
+        """Hidden states (B, l, D) of the next level; see :meth:`BackboneTeacher.hidden`."""
+
+
+class BackboneTeacher(Teacher):
+    """A teacher whose parts can be asked for one by one: what DD2's AR-diffusion model is built on."""
+
+    config: ModelConfig
+
+    @abstractmethod
+    def prefix_inputs(self, q_BLC: Tensor) -> Tensor:
+        """What of the embeddings, on the codebook or not, is read for the levels after the first: (B, L - l_0, C)."""
+
+    @abstractmethod
+    def embed_prefix(self, ids_BL: Tensor) -> Tensor:
+        """The transformer's input for the levels after the first, (B, L - l_0, D), from the tokens."""
+
+    @abstractmethod
+    def prefix_layer(self) -> nn.Linear:
+        """A new layer from :meth:`prefix_inputs` to (nearly) what :meth:`embed_prefix` gives for tokens. It is
+        trained where noise stands in place of the tokens."""
+
+    @abstractmethod
+    def hidden(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
+        """What the classifier reads, (B, L, D), in one pass: row i depends on the label and on all earlier levels."""
+
+    @abstractmethod
+    def classify(self, hidden_BLD: Tensor) -> Tensor:
+        """Logits (B, L, V), float32."""
+
+    @abstractmethod
+    def open(self, labels_B: Tensor, sampling: SamplingConfig) -> BackboneSession:
+        """See :meth:`Teacher.open`."""
+
+    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+        """See :meth:`Teacher.logits`. No gradient reaches the tokenizer."""
+        return self.classify(self.hidden(labels_B, self.embed_prefix(ids_BL)))
 
 
 class StudentOutput(NamedTuple):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import LlamaGenConfig, SamplingConfig
-from ddops.models.interface import Teacher, TeacherSession
+from ddops.models.interface import BackboneSession, BackboneTeacher
 from ddops.models.layout import LevelLayout
 from ddops.models.llamagen_tokenizer import LlamaGenTokenizer
 from ddops.models.sampling_filters import guided_log_probs
@@ -174,21 +174,31 @@ class LlamaGenTransformer(nn.Module):
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.apply(init_weights)
 
-    def forward(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
-        """Teacher-forced logits (B, L, V); row i predicts token i from the class and tokens 0..i-1."""
+    def forward(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
+        """Normed hidden states (B, L, D); row i has seen the class and the embedded tokens 0..i-1."""
         class_B1D = self.class_embedding(labels_B)[:, None]
-        h_BLD = torch.cat([class_B1D, self.token_embedding(ids_BL[:, :-1])], dim=1)
-        return self.predict(self.trunk(h_BLD))
+        hidden_BLD: Tensor = self.norm(self.trunk(torch.cat([class_B1D, prefix_BlD], dim=1)))
+        return hidden_BLD
 
-    def predict(self, h_BTD: Tensor) -> Tensor:
-        """Logits (B, T, V), float32, from hidden states."""
-        logits_BTV: Tensor = self.head(self.norm(h_BTD))
+    def classify(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V), float32, from normed hidden states."""
+        logits_BTV: Tensor = self.head(hidden_BTD)
         return logits_BTV.float()
 
 
-class LlamaGenTeacher(Teacher):
+def fit_linear(linear: nn.Linear, inputs_VC: Tensor, targets_VD: Tensor) -> None:
+    """Set a linear layer to the least-squares map from ``inputs_VC`` to ``targets_VD`` (in float64, on the CPU)."""
+    inputs_VC = inputs_VC.detach().double().cpu()
+    design = torch.cat([inputs_VC, torch.ones(len(inputs_VC), 1, dtype=torch.float64)], dim=1)
+    solution = torch.linalg.lstsq(design, targets_VD.detach().double().cpu(), driver="gelsd").solution
+    linear.weight.data.copy_(solution[:-1].T)
+    linear.bias.data.copy_(solution[-1])
+
+
+class LlamaGenTeacher(BackboneTeacher):
     """LlamaGen as a distillation teacher: transformer and tokenizer."""
 
+    config: LlamaGenConfig
     tokenizer: LlamaGenTokenizer
 
     def __init__(self, config: LlamaGenConfig) -> None:
@@ -203,16 +213,34 @@ class LlamaGenTeacher(Teacher):
         """The same scale at every level; at 1 or below LlamaGen runs without guidance (released code)."""
         return max(guidance, 1.0)
 
-    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
-        """See :meth:`Teacher.logits`: one causal pass."""
-        return self.transformer(labels_B, ids_BL)  # type: ignore[no-any-return]
+    def prefix_inputs(self, q_BLC: Tensor) -> Tensor:
+        """See :meth:`BackboneTeacher.prefix_inputs`: every embedding but the last."""
+        return q_BLC[:, :-1]
+
+    def embed_prefix(self, ids_BL: Tensor) -> Tensor:
+        """See :meth:`BackboneTeacher.embed_prefix`: every token but the last, looked up in the token table."""
+        return self.transformer.token_embedding(ids_BL[:, :-1])  # type: ignore[no-any-return]
+
+    def prefix_layer(self) -> nn.Linear:
+        """See :meth:`BackboneTeacher.prefix_layer`: fitted to the token table."""
+        layer = nn.Linear(self.config.code_dim, self.config.width)
+        fit_linear(layer, self.codebook_VC, self.transformer.token_embedding.weight)
+        return layer
+
+    def hidden(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
+        """See :meth:`BackboneTeacher.hidden`: one causal pass."""
+        return self.transformer(labels_B, prefix_BlD)  # type: ignore[no-any-return]
+
+    def classify(self, hidden_BLD: Tensor) -> Tensor:
+        """See :meth:`BackboneTeacher.classify`."""
+        return self.transformer.classify(hidden_BLD)
 
     def open(self, labels_B: Tensor, sampling: SamplingConfig) -> LlamaGenSession:
         """Start a KV-cached sampling run; guidance above 1 doubles the batch."""
         return LlamaGenSession(self, labels_B, sampling)
 
 
-class LlamaGenSession(TeacherSession):
+class LlamaGenSession(BackboneSession):
     """KV-cached sampling. Tokens appended without asking for their distribution are prefilled in one pass."""
 
     @torch.no_grad()
@@ -233,14 +261,21 @@ class LlamaGenSession(TeacherSession):
         ]
         self._cached = 0
         self._pending_BTD = [class_B1D]
-        self._log_probs_B1V: Tensor | None = None
+        self._hidden_B1D: Tensor | None = None
+
+    @torch.no_grad()
+    def next_hidden(self) -> Tensor:
+        """See :meth:`BackboneSession.next_hidden`; raises RuntimeError once all L tokens are fixed."""
+        if self._hidden_B1D is None:
+            self._hidden_B1D = self._advance()
+        return self._hidden_B1D
 
     @torch.no_grad()
     def next_log_probs(self) -> Tensor:
         """See :meth:`TeacherSession.next_log_probs`; raises RuntimeError once all L tokens are fixed."""
-        if self._log_probs_B1V is None:
-            self._log_probs_B1V = self._advance()
-        return self._log_probs_B1V
+        logits_B1V = self._transformer.classify(self.next_hidden())
+        cond_B1V, uncond_B1V = logits_B1V.chunk(2) if self._guided else (logits_B1V, None)
+        return guided_log_probs(cond_B1V, uncond_B1V, self._scale, self._sampling)
 
     @torch.no_grad()
     def append(self, ids_Bl: Tensor) -> None:
@@ -253,18 +288,17 @@ class LlamaGenSession(TeacherSession):
             raise ValueError(f"ids are {tuple(ids_Bl.shape)}, the level is {(self._batch, 1)}")
         embedding_B1D = self._transformer.token_embedding(ids_Bl)
         self._pending_BTD.append(embedding_B1D.repeat(2, 1, 1) if self._guided else embedding_B1D)
-        self._log_probs_B1V = None
+        self._hidden_B1D = None
 
     def _advance(self) -> Tensor:
-        """Run the positions not yet cached and return the distribution that the last of them predicts."""
+        """Run the positions not yet cached and return the hidden state of the last of them."""
         self._check_room()
         h_BTD = torch.cat(self._pending_BTD, dim=1)
         h_BTD = self._transformer.trunk(h_BTD, self._cached, self._caches)
         self._cached += h_BTD.shape[1]
         self._pending_BTD = []
-        logits_B1V = self._transformer.predict(h_BTD[:, -1:])
-        cond_B1V, uncond_B1V = logits_B1V.chunk(2) if self._guided else (logits_B1V, None)
-        return guided_log_probs(cond_B1V, uncond_B1V, self._scale, self._sampling)
+        hidden_B1D: Tensor = self._transformer.norm(h_BTD[:, -1:])
+        return hidden_B1D
 
     def _check_room(self) -> None:
         if self._cached + len(self._pending_BTD) > self._length:

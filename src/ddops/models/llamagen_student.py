@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddops.config.models import LlamaGenConfig
 from ddops.models.interface import Student, StudentOutput, Teacher
 from ddops.models.layout import LevelLayout
-from ddops.models.llamagen import INIT_STD, CausalTrunk, LlamaGenTeacher, init_weights
+from ddops.models.llamagen import INIT_STD, CausalTrunk, LlamaGenTeacher, fit_linear, init_weights
 
 NOISE, DATA = 0, 1
 """Rows of the noise/data embedding."""
@@ -77,12 +77,3 @@ class LlamaGenStudent(Student):
             source = getattr(teacher.transformer, name)
             getattr(self, name).load_state_dict(source.state_dict())
         fit_linear(self.input_proj, teacher.codebook_VC, teacher.transformer.token_embedding.weight)
-
-
-def fit_linear(linear: nn.Linear, inputs_VC: Tensor, targets_VD: Tensor) -> None:
-    """Set a linear layer to the least-squares map from ``inputs_VC`` to ``targets_VD`` (in float64, on the CPU)."""
-    inputs_VC = inputs_VC.detach().double().cpu()
-    design = torch.cat([inputs_VC, torch.ones(len(inputs_VC), 1, dtype=torch.float64)], dim=1)
-    solution = torch.linalg.lstsq(design, targets_VD.detach().double().cpu(), driver="gelsd").solution
-    linear.weight.data.copy_(solution[:-1].T)
-    linear.bias.data.copy_(solution[-1])

@@ -6,6 +6,7 @@ M adaptive-norm vectors. Adaptive-norm vectors keep an axis of one for the posit
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Final, NamedTuple
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import SamplingConfig, VARConfig
-from ddops.models.interface import Teacher, TeacherSession
+from ddops.models.interface import BackboneSession, BackboneTeacher
 from ddops.models.layout import LevelLayout
 from ddops.models.sampling_filters import guided_log_probs
 from ddops.models.var_tokenizer import VARTokenizer
@@ -195,24 +196,24 @@ class VARTransformer(nn.Module):
         self.head_modulation = Modulation(width, count=2)
         self.head = linear(width, config.codebook_size, std=std * HEAD_INIT)
 
-    def forward(self, labels_B: Tensor, inputs_BlC: Tensor) -> Tensor:
-        """Logits (B, L, V), float32, from the inputs of every level but the first."""
-        mask_LL = scale_causal_mask(self.layout, inputs_BlC.device)
+    def forward(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
+        """Modulated hidden states (B, L, D) from the embedded inputs of every level but the first."""
+        mask_LL = scale_causal_mask(self.layout, prefix_BlD.device)
         cond_BD = self.class_embedding(labels_B)
         vectors = self.modulation_vectors(cond_BD)
-        x_BLD = self.embed_sequence(cond_BD, inputs_BlC)
+        x_BLD = self.join(cond_BD, prefix_BlD)
         for block, vectors_B16D in zip(self.blocks, vectors.blocks, strict=True):
             x_BLD = block(x_BLD, vectors_B16D, mask_LL)
-        return self.predict(x_BLD, vectors)
+        return self.head_input(x_BLD, vectors)
 
     def forward_level(
         self, level: int, x_BlD: Tensor, vectors: ModulationVectors, caches: list[KeyValueCache]
     ) -> Tensor:
-        """Logits (B, l, V), float32, of one level, not yet placed, given the earlier levels' caches."""
+        """Modulated hidden states (B, l, D) of one level, not yet placed, given the earlier levels' caches."""
         x_BlD = self.place(x_BlD, self.layout.positions(level))
         for block, vectors_B16D, cache in zip(self.blocks, vectors.blocks, caches, strict=True):
             x_BlD = block(x_BlD, vectors_B16D, cache=cache)
-        return self.predict(x_BlD, vectors)
+        return self.head_input(x_BlD, vectors)
 
     def modulation_vectors(self, cond_BD: Tensor) -> ModulationVectors:
         shared = self.shared_modulation(cond_BD)
@@ -230,14 +231,25 @@ class VARTransformer(nn.Module):
 
     def embed_sequence(self, cond_BD: Tensor, inputs_BlC: Tensor) -> Tensor:
         """Every position's embedding, (B, L, D), from the inputs of every level but the first."""
-        x_BLD = torch.cat([self.embed_class(cond_BD), self.word_embedding(inputs_BlC)], dim=1)
-        return self.place(x_BLD, slice(None))
+        return self.join(cond_BD, self.word_embedding(inputs_BlC))
+
+    def join(self, cond_BD: Tensor, prefix_BlD: Tensor) -> Tensor:
+        """The first level's embedding and the others', placed: (B, L, D)."""
+        return self.place(torch.cat([self.embed_class(cond_BD), prefix_BlD], dim=1), slice(None))
+
+    def head_input(self, x_BlD: Tensor, vectors: ModulationVectors) -> Tensor:
+        """The residual stream normed and modulated, (B, l, D): what the classifier reads."""
+        scale_B1D, shift_B1D = vectors.head_B12D.unbind(2)
+        return modulate(self.head_norm(x_BlD), scale_B1D, shift_B1D)
+
+    def classify(self, hidden_BlD: Tensor) -> Tensor:
+        """Logits (B, l, V), float32."""
+        logits_BlV: Tensor = self.head(hidden_BlD)
+        return logits_BlV.float()
 
     def predict(self, x_BlD: Tensor, vectors: ModulationVectors) -> Tensor:
         """Logits (B, l, V), float32, from the residual stream."""
-        scale_B1D, shift_B1D = vectors.head_B12D.unbind(2)
-        logits_BlV: Tensor = self.head(modulate(self.head_norm(x_BlD), scale_B1D, shift_B1D))
-        return logits_BlV.float()
+        return self.classify(self.head_input(x_BlD, vectors))
 
 
 def scale_causal_mask(layout: LevelLayout, device: torch.device) -> Tensor:
@@ -246,9 +258,10 @@ def scale_causal_mask(layout: LevelLayout, device: torch.device) -> Tensor:
     return level_L[:, None] >= level_L[None, :]
 
 
-class VARTeacher(Teacher):
+class VARTeacher(BackboneTeacher):
     """VAR and its tokenizer as a :class:`Teacher`. Guidance grows linearly over the levels, from none at the first."""
 
+    config: VARConfig
     tokenizer: VARTokenizer
 
     def __init__(self, config: VARConfig) -> None:
@@ -263,18 +276,33 @@ class VARTeacher(Teacher):
         """``1 + guidance * level / (S - 1)`` (released code)."""
         return 1 + guidance * level / (self.layout.num_levels - 1)
 
-    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
-        """See :meth:`Teacher.logits`. One masked pass; gradients reach the transformer and not the tokenizer."""
+    def prefix_inputs(self, q_BLC: Tensor) -> Tensor:
+        """See :meth:`BackboneTeacher.prefix_inputs`: the tokenizer's next-scale inputs."""
+        return self.tokenizer.teacher_forcing_input(q_BLC)
+
+    def embed_prefix(self, ids_BL: Tensor) -> Tensor:
+        """See :meth:`BackboneTeacher.embed_prefix`. No gradient reaches the tokenizer."""
         with torch.no_grad():
-            inputs_BlC = self.tokenizer.teacher_forcing_input(F.embedding(ids_BL, self.codebook_VC))
-        logits_BLV: Tensor = self.transformer(labels_B, inputs_BlC)
-        return logits_BLV
+            inputs_BlC = self.prefix_inputs(F.embedding(ids_BL, self.codebook_VC))
+        return self.transformer.word_embedding(inputs_BlC)  # type: ignore[no-any-return]
+
+    def prefix_layer(self) -> nn.Linear:
+        """See :meth:`BackboneTeacher.prefix_layer`: a copy of the teacher's own."""
+        return copy.deepcopy(self.transformer.word_embedding)
+
+    def hidden(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
+        """See :meth:`BackboneTeacher.hidden`: one masked pass."""
+        return self.transformer(labels_B, prefix_BlD)  # type: ignore[no-any-return]
+
+    def classify(self, hidden_BLD: Tensor) -> Tensor:
+        """See :meth:`BackboneTeacher.classify`."""
+        return self.transformer.classify(hidden_BLD)
 
     def open(self, labels_B: Tensor, sampling: SamplingConfig) -> VARSession:
         return VARSession(self, labels_B, sampling)
 
 
-class VARSession(TeacherSession):
+class VARSession(BackboneSession):
     """KV-cached sampling of :class:`VARTeacher`, without gradients.
 
     With guidance, the batch holds the conditional half and then the unconditional half, with the same tokens.
@@ -285,6 +313,7 @@ class VARSession(TeacherSession):
         self._teacher = teacher
         self._sampling = sampling
         self._guided = sampling.guidance > 0
+        self._batch = len(labels_B)
         if self._guided:
             labels_B = torch.cat([labels_B, torch.full_like(labels_B, teacher.num_classes)])
         cond_BD = teacher.transformer.class_embedding(labels_B)
@@ -293,16 +322,25 @@ class VARSession(TeacherSession):
         self._level = 0
         self._x_BlD = teacher.transformer.embed_class(cond_BD)
         self._f_hat_BCgg: Tensor | None = None
-        self._log_probs_BlV: Tensor | None = None
+        self._hidden_BlD: Tensor | None = None
+
+    @torch.no_grad()
+    def next_hidden(self) -> Tensor:
+        """See :meth:`BackboneSession.next_hidden`. Raises RuntimeError after the last level."""
+        teacher = self._teacher
+        if self._level == teacher.layout.num_levels:
+            raise RuntimeError(f"all {self._level} levels have been appended")
+        if self._hidden_BlD is None:
+            self._hidden_BlD = teacher.transformer.forward_level(self._level, self._x_BlD, self._vectors, self._caches)
+        return self._hidden_BlD
 
     @torch.no_grad()
     def next_log_probs(self) -> Tensor:
         """See :meth:`TeacherSession.next_log_probs`. Raises RuntimeError after the last level."""
-        if self._level == self._teacher.layout.num_levels:
-            raise RuntimeError(f"all {self._level} levels have been appended")
-        if self._log_probs_BlV is None:
-            self._log_probs_BlV = self._run_level()
-        return self._log_probs_BlV
+        logits_BlV = self._teacher.classify(self.next_hidden())
+        cond_BlV, uncond_BlV = logits_BlV.chunk(2) if self._guided else (logits_BlV, None)
+        scale = self._teacher.guidance_scale(self._sampling.guidance, self._level)
+        return guided_log_probs(cond_BlV, uncond_BlV, scale, self._sampling)
 
     @torch.no_grad()
     def append(self, ids_Bl: Tensor) -> None:
@@ -310,20 +348,14 @@ class VARSession(TeacherSession):
 
         Raises RuntimeError where no level has been asked for, ValueError where the shape is not that level's.
         """
-        if self._log_probs_BlV is None:
+        if self._hidden_BlD is None:
             raise RuntimeError("append follows next_log_probs")
-        if ids_Bl.shape != self._log_probs_BlV.shape[:2]:
-            raise ValueError(f"ids are {tuple(ids_Bl.shape)}, the level is {tuple(self._log_probs_BlV.shape[:2])}")
+        if ids_Bl.shape != (expected := (self._batch, self._teacher.layout.sizes[self._level])):
+            raise ValueError(f"ids are {tuple(ids_Bl.shape)}, the level is {expected}")
         if self._level + 1 < self._teacher.layout.num_levels:
             self._x_BlD = self._embed_next(F.embedding(ids_Bl, self._teacher.codebook_VC))
-        self._log_probs_BlV = None
+        self._hidden_BlD = None
         self._level += 1
-
-    def _run_level(self) -> Tensor:
-        logits_BlV = self._teacher.transformer.forward_level(self._level, self._x_BlD, self._vectors, self._caches)
-        cond_BlV, uncond_BlV = logits_BlV.chunk(2) if self._guided else (logits_BlV, None)
-        scale = self._teacher.guidance_scale(self._sampling.guidance, self._level)
-        return guided_log_probs(cond_BlV, uncond_BlV, scale, self._sampling)
 
     def _embed_next(self, q_BlC: Tensor) -> Tensor:
         """The next level's embedding, (B, l, D), for each half of the batch."""

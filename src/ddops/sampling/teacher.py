@@ -6,6 +6,8 @@ How a token is picked from its distribution is a function ``(level, log_p_BlV) -
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ddops.config.stages import FlowMapConfig
 from ddops.flow.solvers import flow_map
 from ddops.models.interface import Teacher
 from ddops.models.layout import LevelLayout
+from ddops.models.sampling_filters import guided_log_probs
 
 Picker = Callable[[int, Tensor], Tensor]
 
@@ -29,6 +32,25 @@ def sample_teacher(teacher: Teacher, labels_B: Tensor, sampling: SamplingConfig,
         session.append(ids_Bl)
         levels.append(ids_Bl)
     return torch.cat(levels, dim=1)
+
+
+@torch.no_grad()
+def conditional_log_probs(teacher: Teacher, labels_B: Tensor, ids_BL: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Log-probabilities (B, L, V), as sampling applies them, of every token given the earlier levels of ``ids_BL``.
+
+    What :meth:`TeacherSession.next_log_probs` gives level after level, in one pass.
+    """
+    layout = teacher.layout
+    scales = [teacher.guidance_scale(sampling.guidance, level) for level in range(layout.num_levels)]
+    cond_BLV, uncond_BLV = teacher.logits(labels_B, ids_BL), None
+    if any(scale != 1 for scale in scales):
+        uncond_BLV = teacher.logits(torch.full_like(labels_B, teacher.num_classes), ids_BL)
+    parts, offset = [], 0
+    for scale, group in groupby(zip(scales, layout.sizes, strict=True), key=itemgetter(0)):
+        here = slice(offset, offset := offset + sum(size for _, size in group))
+        uncond_BlV = None if uncond_BLV is None else uncond_BLV[:, here]
+        parts.append(guided_log_probs(cond_BLV[:, here], uncond_BlV, scale, sampling))
+    return torch.cat(parts, dim=1)
 
 
 def categorical_picker(layout: LevelLayout, uniforms_BL: Tensor) -> Picker:

@@ -9,3 +9,7 @@ class TrainingDiverged(RuntimeError):
 
 class ReplicaLost(RuntimeError):
     """A process of a data-parallel training ended before the others. The last checkpoint is kept."""
+
+
+class Collapsed(RuntimeError):
+    """A generator whose samples lose their variety. The last checkpoint is kept."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddops.config.stages import TrainingConfig
+from ddops.config.dd2 import GuidanceConfig
+from ddops.config.training import TrainingConfig
 from ddops.training.checkpoint import CheckpointFile
 from ddops.training.curves import Curves
 from ddops.training.errors import TrainingDiverged
@@ -63,7 +64,7 @@ def train(
         TrainingDiverged: the loss is NaN or infinite.
         ReplicaLost: one of ``config.processes`` ended.
     """
-    ema_model = _copy_of(model)
+    ema_model = frozen_copy(model)
     optimizers = build_optimizers(model, config)
     state = checkpoint.load()
     first_step = _restore(state, model, ema_model, optimizers)
@@ -72,24 +73,26 @@ def train(
 
     with replicas(config.processes if first_step < config.steps else 1) as group:
         curves = Curves(curves_dir, state["history"] if state else None) if group.is_first else None
-        bar = _progress(description, first_step, config.steps, shown=group.is_first)
+        bar = progress_bar(description, first_step, config.steps, shown=group.is_first)
         for step in range(first_step, config.steps):
-            _seed(seed, step, 0, 1)
+            seed_step(seed, step, 0, 1)
             if before_step is not None:
                 before_step(model, step)
-            _seed(seed, step, group.rank, group.size)
+            seed_step(seed, step, group.rank, group.size)
             share = batch_indices(seed, step, config.batch_size, dataset_size)[group.rank :: group.size]
             values = objective(model, share, step)
-            gradient_norm = _update(model, optimizers, values["loss"], config, step, group)
-            _update_ema(ema_model, model, ema_decay(config, step))
+            gradient_norm = update(
+                model, optimizers, values["loss"], learning_rate(config, step), config.gradient_clip, group
+            )
+            update_ema(ema_model, model, ema_decay(config, step))
             bar.update()
             done = step + 1
             last = done == config.steps
             to_log, to_save = (last or done % every == 0 for every in (config.log_every, config.checkpoint_every))
             if not (to_log or to_save):
                 continue
-            row = _averaged({**values, "gradient_norm": gradient_norm}, group)
-            _check_finite(row, description, done)
+            row = averaged({**values, "gradient_norm": gradient_norm}, group)
+            check_finite(row, description, done)
             if curves is None:
                 continue
             if to_log:
@@ -107,11 +110,11 @@ def train(
 
 def seeded(seed: int, build: Callable[[], Module]) -> Module:
     """``build()`` with torch's global generator seeded: the same seed gives the same initial weights."""
-    torch.manual_seed(seed)
+    torch.manualseed_step(seed)
     return build()
 
 
-def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: TrainingConfig | GuidanceConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon before it on the matrices of the transformer blocks where the configuration asks for it.
 
     Weight decay is on matrices only: biases, norms and scales are left alone. Muon's steps are scaled to the size of
@@ -135,49 +138,54 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     return optimizers
 
 
-def _seed(seed: int, step: int, rank: int, size: int) -> None:
-    torch.manual_seed(((seed * 1_000_003 + step) * size + rank) % MAX_SEED)
+def seed_step(seed: int, step: int, rank: int, size: int) -> None:
+    """Make what a replica draws in a step a function of the seed, the step and its rank."""
+    torch.manualseed_step(((seed * 1_000_003 + step) * size + rank) % MAX_SEED)
 
 
-def _progress(description: str, first_step: int, steps: int, *, shown: bool) -> tqdm[Any]:
+def progress_bar(description: str, first_step: int, steps: int, *, shown: bool) -> tqdm[Any]:
+    """A bar of one training; only one of its replicas shows it."""
     bar = functools.partial(tqdm, total=steps, initial=first_step, desc=description, unit="step", mininterval=1.0)
     # Asked for nothing, tqdm does as the environment says (TQDM_DISABLE).
     return bar() if shown else bar(disable=True)
 
 
-def _update(
+def update(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     loss: Tensor,
-    config: TrainingConfig,
-    step: int,
+    rate: float,
+    gradient_clip: float,
     group: Replicas,
 ) -> Tensor:
+    """One step of the optimisers on the replicas' mean gradient, its norm limited; returns the norm it had."""
     for optimizer in optimizers:
         for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(config, step)
+            parameters["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
     group.average([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
     for optimizer in optimizers:
         optimizer.step()
     return gradient_norm
 
 
-def _averaged(values: Mapping[str, Tensor], group: Replicas) -> dict[str, float]:
+def averaged(values: Mapping[str, Tensor], group: Replicas) -> dict[str, float]:
     """Each value's mean over the replicas."""
     means = {name: value.detach().clone() for name, value in values.items()}
     group.average(list(means.values()))
     return {name: float(mean) for name, mean in means.items()}
 
 
-def _copy_of(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode and without gradients: where the EMA begins."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def _update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the EMA's parameters towards the model's; buffers are copied."""
     ema: list[Tensor] = list(ema_model.parameters())
     current: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(ema, current, 1 - decay)
@@ -185,7 +193,8 @@ def _update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
         ema_buffer.copy_(buffer)
 
 
-def _check_finite(row: Mapping[str, float], description: str, step: int) -> None:
+def check_finite(row: Mapping[str, float], description: str, step: int) -> None:
+    """Raises TrainingDiverged where a value is NaN or infinite."""
     if not all(torch.isfinite(torch.tensor(value)) for value in row.values()):
         raise TrainingDiverged(f"{description}: not a number at step {step}: {row}. Lower the learning_rate.")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddops.config.stages import TrainingConfig
+from ddops.config.training import TrainingConfig
 from ddops.sampling.noise import Stream, philox_words
 
 

@@ -1,0 +1,163 @@
+"""Distilled Decoding 2: conditional score distillation of a one-step generator (arXiv 2510.21003).
+
+The generator turns noise into a whole sequence in one pass. At every position, the teacher's conditional score given
+the generated earlier tokens is known in closed form; the guidance network learns the score of what the generator makes
+there. Their difference says where to move each token. Where it vanishes at every position, the generated sequences
+are distributed as the teacher's. The conditions carry no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddops.config.dd2 import TrainedDD2Config
+from ddops.config.models import SamplingConfig
+from ddops.distill.ar_diffusion import draw_times
+from ddops.losses.dd1 import cross_entropy
+from ddops.losses.dd2 import (
+    csd_direction,
+    csd_loss,
+    denoising_error,
+    diffuse,
+    gradient_scale,
+    straight_through_codes,
+)
+from ddops.models.ar_diffusion import ARDiffusion, codebook_mean
+from ddops.models.interface import Student, Teacher
+from ddops.models.quantization import nearest_code
+from ddops.sampling.few_step import renoise
+from ddops.sampling.teacher import conditional_log_probs
+from ddops.training.errors import Collapsed
+from ddops.trajectories.dataset import TrajectoryDataset
+
+CURVE_LEVELS = 8
+"""Levels, spread evenly, whose score gap is worth a curve of its own."""
+
+
+class Generated(NamedTuple):
+    """A batch of the generator's."""
+
+    labels_B: Tensor
+    q_BLC: Tensor
+    """With the gradient."""
+    ids_BL: Tensor
+    """The codes that teacher and guidance network are shown as conditions: the nearest ones."""
+
+
+class DD2Objectives:
+    """The losses of generator and guidance network; see :class:`ddops.training.alternating.Objectives`."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        dataset: TrajectoryDataset,
+        config: TrainedDD2Config,
+        sampling: SamplingConfig,
+        start_positions: tuple[int, ...],
+    ) -> None:
+        """``start_positions`` are DD1's: those that the anchor, DD1's cross-entropy, trains for."""
+        self.teacher = teacher
+        self.dataset = dataset
+        self.config = config
+        self.sampling = sampling
+        self.starts = torch.tensor(start_positions)
+        self.codebook_VC = teacher.codebook_VC.detach()
+
+    def guidance(self, generator: nn.Module, guidance: nn.Module) -> Mapping[str, Tensor]:
+        """Learn the conditionals of fresh samples: by cross-entropy where the network models codes, else by denoising
+        (flow matching: the target is the generated token itself)."""
+        config, guidance = self.config.guidance, cast(ARDiffusion, guidance)
+        with torch.no_grad():
+            labels_B, q_BLC, ids_BL = self.generate(cast(Student, generator), config.batch_size)
+        hidden_BLD = guidance.hidden(labels_B, ids_BL)
+        if guidance.head is None:
+            return {"loss": F.nll_loss(guidance.log_probs(hidden_BLD).flatten(0, 1), ids_BL.flatten())}
+        errors = []
+        for _ in range(config.draws):
+            t_BL = draw_times(q_BLC, self.config.times)
+            x_BLC = diffuse(q_BLC, torch.randn_like(q_BLC), t_BL)
+            errors.append(denoising_error(guidance.mean(x_BLC, t_BL, hidden_BLD), q_BLC, t_BL, "mean").mean())
+        return {"loss": torch.stack(errors).mean()}
+
+    def generator(self, generator: nn.Module, guidance: nn.Module, indices_B: Tensor) -> Mapping[str, Tensor]:
+        """Conditional score distillation, and the anchor on the trajectories where the preset asks for it."""
+        student = cast(Student, generator)
+        batch = self.generate(student, len(indices_B))
+        direction_BLC, scale_B, gap_L = self.direction(batch, cast(ARDiffusion, guidance))
+        distillation = csd_loss(batch.q_BLC, direction_BLC, scale_B).mean()
+        values = {"csd": distillation, "score_gap": gap_L.mean(), **self._gap_curves(gap_L)}
+        if not self.config.anchor_weight:
+            return {"loss": distillation, **values}
+        anchor = self.anchor(student, indices_B)
+        return {"loss": distillation + self.config.anchor_weight * anchor, "anchor": anchor, **values}
+
+    def generate(self, generator: Student, count: int) -> Generated:
+        """Fresh noise, uniformly drawn classes, one pass."""
+        labels_B = torch.randint(generator.num_classes, (count,))
+        noise_BLC = torch.randn(count, generator.layout.length, self.codebook_VC.shape[1])
+        output = generator(noise_BLC, labels_B, torch.zeros_like(labels_B))
+        if self.config.output == "codes":
+            q_BLC = straight_through_codes(output.logits_BLV, self.codebook_VC)
+        else:
+            q_BLC = output.embeddings_BLC
+        return Generated(labels_B, q_BLC, nearest_code(q_BLC.detach(), self.codebook_VC))
+
+    @torch.no_grad()
+    def direction(self, batch: Generated, guidance: ARDiffusion) -> tuple[Tensor, Tensor, Tensor]:
+        """Where to move each token (B, L, C), the number to multiply that by (B,), and for the curves the mean squared
+        difference of the two posterior means at each position (L,)."""
+        labels_B, q_BLC, ids_BL = batch
+        log_p_BLV = conditional_log_probs(self.teacher, labels_B, ids_BL, self.sampling)
+        hidden_BLD = guidance.hidden(labels_B, ids_BL)
+        directions, teacher_means, gaps = [], [], []
+        for _ in range(self.config.draws):
+            t_BL = draw_times(q_BLC, self.config.times)
+            x_BLC = diffuse(q_BLC, torch.randn_like(q_BLC), t_BL)
+            teacher_mean_BLC = codebook_mean(x_BLC, t_BL, log_p_BLV, self.codebook_VC)
+            guidance_mean_BLC = guidance.mean(x_BLC, t_BL, hidden_BLD)
+            directions.append(csd_direction(teacher_mean_BLC, guidance_mean_BLC, t_BL, self.config.weighting))
+            teacher_means.append(teacher_mean_BLC)
+            gaps.append((teacher_mean_BLC - guidance_mean_BLC).square().sum(-1).mean(0))
+        direction_BLC = torch.stack(directions).mean(0)
+        scale_B = gradient_scale(direction_BLC, q_BLC, torch.stack(teacher_means).mean(0), self.config.normalization)
+        return direction_BLC, scale_B, torch.stack(gaps).mean(0)
+
+    def anchor(self, generator: Student, indices_B: Tensor) -> Tensor:
+        """DD1's cross-entropy on the trajectories, from all of its start positions: scalar *(ours)*."""
+        labels_B, noise_BLC, ids_BL = self.dataset.batch(indices_B)
+        start_B = self.starts[torch.randint(len(self.starts), (len(indices_B),))]
+        x_BLC = renoise(F.embedding(ids_BL, self.codebook_VC), noise_BLC, start_B, generator.layout)
+        logits_BLV = generator(x_BLC, labels_B, start_B).logits_BLV
+        return cross_entropy(logits_BLV, ids_BL, ~generator.layout.given_mask(start_B)).mean()
+
+    def _gap_curves(self, gap_L: Tensor) -> dict[str, Tensor]:
+        layout = self.teacher.layout
+        count = min(CURVE_LEVELS, layout.num_levels)
+        levels = {round(index * (layout.num_levels - 1) / max(1, count - 1)) for index in range(count)}
+        return {f"score_gap_level{level}": gap_L[layout.positions(level)].mean() for level in sorted(levels)}
+
+
+def within_class_spread(q_NLC: Tensor, labels_N: Tensor) -> float:
+    """Mean squared distance of a sequence to the mean of its class: how much varies besides the class."""
+    squares = torch.zeros(())
+    for label in labels_N.unique():
+        q_MLC = q_NLC[labels_N == label]
+        squares = squares + (q_MLC - q_MLC.mean(0)).square().sum()
+    return float(squares / len(q_NLC))
+
+
+def check_diversity(diversity: float, minimum: float) -> None:
+    """Raises:
+    Collapsed: the diversity, as a share of the teacher's, is below ``minimum``.
+    """
+    if diversity < minimum:
+        raise Collapsed(
+            f"dd2: the generator is collapsing: samples of a class spread {diversity:.0%} as far as the teacher's "
+            f"(dd2.min_diversity: {minimum:.0%}). Lower dd2.training.learning_rate, or raise dd2.guidance.updates or "
+            "dd2.anchor_weight"
+        )

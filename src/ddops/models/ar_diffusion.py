@@ -1,0 +1,152 @@
+"""The AR-diffusion model of DD2 (arXiv 2510.21003): a teacher whose classifier gave way to a small conditional head.
+
+The backbone reads clean tokens and gives each position a hidden state; the head denoises that position's ``x_t``
+given it. The head predicts the data (the posterior mean): the velocity and the score follow from it without a division
+that grows as t approaches the data. Shape suffixes: see :mod:`ddops.models.interface`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddops.config.models import HeadConfig
+from ddops.flow.codebook import posterior_mean
+from ddops.models.interface import BackboneTeacher, Student, StudentOutput, Teacher
+
+TIME_FREQUENCIES: Final = 16
+MAX_TIME_FREQUENCY: Final = 64.0
+"""Of the sine features of t, in turns over [0, 1] times pi."""
+
+
+class ResidualBlock(nn.Module):
+    """Adaptive-norm residual MLP; starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 3 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, y: Tensor, cond: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(F.silu(cond)).chunk(3, dim=-1)
+        normed = F.layer_norm(y, y.shape[-1:])
+        result: Tensor = y + gate * self.mlp(normed * (1 + scale) + shift)
+        return result
+
+
+class ConditionalHead(nn.Module):
+    """``(x_t, t, h) -> E[q | x_t, h]``, position by position."""
+
+    def __init__(self, config: HeadConfig, hidden_width: int, code_dim: int) -> None:
+        super().__init__()
+        self.register_buffer(
+            "frequencies", math.pi * torch.logspace(0, math.log2(MAX_TIME_FREQUENCY), TIME_FREQUENCIES, base=2.0)
+        )
+        self.frequencies: Tensor
+        self.input = nn.Linear(code_dim, config.width)
+        self.condition = nn.Linear(hidden_width, config.width)
+        self.time = nn.Linear(2 * TIME_FREQUENCIES, config.width)
+        self.blocks = nn.ModuleList(ResidualBlock(config.width) for _ in range(config.blocks))
+        self.output = nn.Linear(config.width, code_dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x_BLC: Tensor, t_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        angles = t_BL[..., None] * self.frequencies
+        cond = self.condition(hidden_BLD) + self.time(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        y = self.input(x_BLC) + cond
+        for block in self.blocks:
+            y = block(y, cond)
+        mean_BLC: Tensor = self.output(F.layer_norm(y, y.shape[-1:]))
+        return mean_BLC.float()
+
+
+class ARDiffusion(nn.Module):
+    """Posterior means ``E[q_i | x_t, q_<i, y]`` of a sequence model, from a backbone over its clean tokens.
+
+    With a :class:`ConditionalHead` this is the paper's model. Without one the backbone's classifier stays, and the
+    mean follows from its probabilities in closed form *(ours)*: exact for sequences that lie on the codebook.
+    """
+
+    def __init__(self, backbone: BackboneTeacher, head: ConditionalHead | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    @property
+    def codebook_VC(self) -> Tensor:
+        return self.backbone.codebook_VC
+
+    def hidden(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+        """Hidden states (B, L, D) from the clean tokens of earlier levels."""
+        return self.backbone.hidden(labels_B, self.backbone.embed_prefix(ids_BL))
+
+    def log_probs(self, hidden_BLD: Tensor) -> Tensor:
+        """Log-probabilities (B, L, V) of a model without a head; raises TypeError for one with."""
+        if self.head is not None:
+            raise TypeError("this AR-diffusion model has a conditional head in place of the classifier")
+        return self.backbone.classify(hidden_BLD).log_softmax(-1)
+
+    def mean(self, x_BLC: Tensor, t_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        """Posterior means (B, L, C) of noisy tokens, each at its own time in [0, 1)."""
+        if self.head is not None:
+            result_BLC: Tensor = self.head(x_BLC, t_BL, hidden_BLD)
+            return result_BLC
+        return codebook_mean(x_BLC, t_BL, self.log_probs(hidden_BLD), self.codebook_VC)
+
+
+def codebook_mean(x_BLC: Tensor, t_BL: Tensor, log_p_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """The closed form of :func:`ddops.flow.codebook.posterior_mean` for sequences, (B, L, C)."""
+    mean_NC = posterior_mean(x_BLC.flatten(0, 1), t_BL.flatten(), log_p_BLV.flatten(0, 1), codebook_VC)
+    return mean_NC.view(x_BLC.shape)
+
+
+def new_ar_diffusion(teacher: BackboneTeacher, config: HeadConfig | None) -> ARDiffusion:
+    """An AR-diffusion model whose backbone is a copy of the teacher, to be trained; the tokenizer stays frozen."""
+    backbone = copy.deepcopy(teacher).requires_grad_(True)
+    backbone.tokenizer.requires_grad_(False)
+    width, code_dim = teacher.config.width, teacher.config.code_dim
+    return ARDiffusion(backbone, None if config is None else ConditionalHead(config, width, code_dim))
+
+
+class ARDiffusionGenerator(Student):
+    """The AR-diffusion model as a one-step generator (DD2): noise takes the place of the clean tokens, and the head
+    is evaluated once, at t = 0.
+
+    Regressed embeddings are the paper's output; the logits are those of a Gaussian around each code, so that the
+    nearest code is the likeliest.
+    """
+
+    def __init__(self, model: ARDiffusion) -> None:
+        super().__init__()
+        if model.head is None:
+            raise ValueError("a generator needs a conditional head: in closed form a token would not see its own noise")
+        self.model = model
+        self.layout = model.backbone.layout
+        self.num_classes = model.backbone.num_classes
+        self.prefix_layer = model.backbone.prefix_layer()
+
+    def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
+        """See :meth:`Student.forward`. What is data and what is noise shows from the values alone."""
+        backbone = self.model.backbone
+        hidden_BLD = backbone.hidden(labels_B, self.prefix_layer(backbone.prefix_inputs(x_BLC)))
+        embeddings_BLC = self.model.mean(x_BLC, torch.zeros_like(x_BLC[..., 0]), hidden_BLD)
+        return StudentOutput(nearest_logits(embeddings_BLC, self.model.codebook_VC), embeddings_BLC)
+
+    def init_from_teacher(self, teacher: Teacher) -> None:
+        """Raises TypeError: it starts from an AR-diffusion model, which started from the teacher."""
+        raise TypeError("an ARDiffusionGenerator starts from an AR-diffusion model")
+
+
+def nearest_logits(embeddings_BLC: Tensor, codebook_VC: Tensor) -> Tensor:
+    """Logits (B, L, V) of a Gaussian around each code whose width is the codes' mean distance to their nearest."""
+    distance_VV = torch.cdist(codebook_VC, codebook_VC).fill_diagonal_(float("inf"))
+    precision = 1 / distance_VV.amin(1).square().mean()
+    return precision * (embeddings_BLC @ codebook_VC.T - codebook_VC.square().sum(-1) / 2)
