@@ -194,7 +194,7 @@ def test_a_missing_section_or_key_is_named(composed, key):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "suggestion"), [("dd1.training.stpes", "steps"), ("dd2", "dd1"), ("teacher.model.codbook_size", "codeb")]
+    ("wrong", "suggestion"), [("dd1.training.stpes", "steps"), ("dd3", "dd2"), ("teacher.model.codbook_size", "codeb")]
 )
 def test_a_misspelt_key_in_a_file_is_named_with_the_valid_ones(composed, wrong, suggestion):
     message = refusal(spoilt(composed, wrong, 1))

@@ -153,7 +153,7 @@ def test_running_again_does_nothing(workspace):
         ("gate", {"rules": {"mine": {"value": "teacher.fid", "max": 1e9}}}, ["gate", "report"]),
         ("evaluate", {"seeds": [2]}, ["evaluate", "sample"]),
         ("trajectories", {"count": 700}, ["sample", "trajectories"]),
-        ("sampling", {"guidance": 1.5}, ["sample", "trajectories"]),
+        ("sampling", {"guidance": 1.5}, ["ar_diffusion", "distill_dd2", "sample", "trajectories"]),
     ],
 )
 def test_a_parameter_concerns_the_stages_that_read_it(workspace, section, change, expected):
@@ -211,8 +211,8 @@ def test_metrics_and_plots_show_without_a_network(workspace):
     page = (workspace / "dvc_plots" / "index.html").read_text()
     loaded = Loaded(page)
     assert loaded.references == []
-    assert loaded.scripts >= 3 + 5
-    assert page.count("vegaEmbed('#") == 5
+    assert loaded.scripts >= 3 + 7
+    assert page.count("vegaEmbed('#") == 7
     assert "cdn." not in page
     for name in ("loss", "cross_entropy", "fid_1step", "fid_2step", "reconstruction_error"):
         assert name in page

@@ -76,6 +76,8 @@ class GuidanceConfig:
     draws: PositiveInt
     """Noise draws a token in each update; without effect where nothing is drawn (``start: teacher``)."""
     batch_size: PositiveInt
+    optimizer: Literal["adamw", "muon"]
+    """See :class:`~ddops.config.training.TrainingConfig`."""
     learning_rate: PositiveFloat
     betas: tuple[DecayRate, DecayRate]
     weight_decay: NonNegativeFloat
@@ -108,10 +110,19 @@ class TrainedDD2Config:
     training: TrainingConfig
     """The generator's."""
 
+    def logit_prefix(self, levels: int) -> int:
+        """How many levels of a sample take the likeliest code; the others take the regressed embedding."""
+        return levels if self.output == "codes" else 0
+
     def __post_init__(self) -> None:
         if self.guidance.start == "teacher" and self.output != "codes":
             raise ValueError(
                 "guidance.start teacher knows codes only: set output to codes, or start it from ar_diffusion"
+            )
+        if self.guidance.batch_size % self.training.processes:
+            raise ValueError(
+                f"guidance.batch_size {self.guidance.batch_size} is not a multiple of the "
+                f"{self.training.processes} processes"
             )
         if self.anchor_weight and self.start == "ar_diffusion":
             raise ValueError(

@@ -68,12 +68,12 @@ class DD2Objectives:
         self.starts = torch.tensor(start_positions)
         self.codebook_VC = teacher.codebook_VC.detach()
 
-    def guidance(self, generator: nn.Module, guidance: nn.Module) -> Mapping[str, Tensor]:
+    def guidance(self, generator: nn.Module, guidance: nn.Module, count: int) -> Mapping[str, Tensor]:
         """Learn the conditionals of fresh samples: by cross-entropy where the network models codes, else by denoising
         (flow matching: the target is the generated token itself)."""
         config, guidance = self.config.guidance, cast(ARDiffusion, guidance)
         with torch.no_grad():
-            labels_B, q_BLC, ids_BL = self.generate(cast(Student, generator), config.batch_size)
+            labels_B, q_BLC, ids_BL = self.generate(cast(Student, generator), count)
         hidden_BLD = guidance.hidden(labels_B, ids_BL)
         if guidance.head is None:
             return {"loss": F.nll_loss(guidance.log_probs(hidden_BLD).flatten(0, 1), ids_BL.flatten())}

@@ -62,7 +62,8 @@ def sample_noise(seed: int, indices_B: NDArray[np.int64], model: Teacher | Stude
 
 
 @torch.inference_mode()
-def _collect(protocol: Protocol, row: str, decode: Callable[[NDArray[np.int64], Tensor], Tensor]) -> Tensor:
+def collect(protocol: Protocol, row: str, decode: Callable[[NDArray[np.int64], Tensor], Tensor]) -> Tensor:
+    """uint8 images (count, I, H, W) of what ``decode`` makes of sample indices and labels, batch by batch."""
     batches = [to_uint8(decode(indices_B, labels_B)).cpu() for indices_B, labels_B in protocol.batches(row)]
     return torch.cat(batches)
 
@@ -86,7 +87,7 @@ def sample_teacher_row(teacher: Teacher, sampling: SamplingConfig, protocol: Pro
         pick = categorical_picker(teacher.layout, uniforms_BL)
         return _decode_ids(teacher, sample_teacher(teacher, labels_B, sampling, pick))
 
-    return _collect(protocol, TEACHER, decode)
+    return collect(protocol, TEACHER, decode)
 
 
 def sample_flow_row(
@@ -99,7 +100,7 @@ def sample_flow_row(
         pick = flow_picker(teacher.layout, teacher.codebook_VC, noise_BLC, solver)
         return _decode_ids(teacher, sample_teacher(teacher, labels_B, sampling, pick))
 
-    return _collect(protocol, TEACHER_FLOW, decode)
+    return collect(protocol, TEACHER_FLOW, decode)
 
 
 def sample_dd1(
@@ -113,7 +114,7 @@ def sample_dd1(
         starts = config.start_positions[:steps]
         return teacher.decode(sample_student(student, codebook_VC, noise_BLC, labels_B, starts, config.logit_prefix))
 
-    return _collect(protocol, dd1_row(steps), decode)
+    return collect(protocol, dd1_row(steps), decode)
 
 
 def sample_independent(teacher: Teacher, marginals_KLV: Tensor, protocol: Protocol, seed: int) -> Tensor:
@@ -123,4 +124,4 @@ def sample_independent(teacher: Teacher, marginals_KLV: Tensor, protocol: Protoc
         uniforms_BL = torch.from_numpy(uniforms(seed, Stream.CATEGORICAL, indices_B, teacher.layout.length))
         return _decode_ids(teacher, sample_marginals(marginals_KLV, labels_B, uniforms_BL))
 
-    return _collect(protocol, "independent tokens", decode)
+    return collect(protocol, "independent tokens", decode)

@@ -46,8 +46,11 @@ class ConditionalHead(nn.Module):
 
     def __init__(self, config: HeadConfig, hidden_width: int, code_dim: int) -> None:
         super().__init__()
+        self.config = config
         self.register_buffer(
-            "frequencies", math.pi * torch.logspace(0, math.log2(MAX_TIME_FREQUENCY), TIME_FREQUENCIES, base=2.0)
+            "frequencies",
+            math.pi * torch.logspace(0, math.log2(MAX_TIME_FREQUENCY), TIME_FREQUENCIES, base=2.0),
+            persistent=False,
         )
         self.frequencies: Tensor
         self.input = nn.Linear(code_dim, config.width)
@@ -79,6 +82,10 @@ class ARDiffusion(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+
+    @property
+    def head_config(self) -> HeadConfig | None:
+        return None if self.head is None else self.head.config
 
     @property
     def codebook_VC(self) -> Tensor:
@@ -146,7 +153,8 @@ class ARDiffusionGenerator(Student):
 
 
 def nearest_logits(embeddings_BLC: Tensor, codebook_VC: Tensor) -> Tensor:
-    """Logits (B, L, V) of a Gaussian around each code whose width is the codes' mean distance to their nearest."""
-    distance_VV = torch.cdist(codebook_VC, codebook_VC).fill_diagonal_(float("inf"))
-    precision = 1 / distance_VV.amin(1).square().mean()
-    return precision * (embeddings_BLC @ codebook_VC.T - codebook_VC.square().sum(-1) / 2)
+    """Logits (B, L, V) of a Gaussian around each code whose width is the codes' distance to their nearest."""
+    half_norm_V = codebook_VC.square().sum(-1) / 2
+    squared_VV = 2 * (half_norm_V[:, None] + half_norm_V - codebook_VC @ codebook_VC.T)
+    to_nearest = squared_VV.fill_diagonal_(float("inf")).amin(1).mean()
+    return (embeddings_BLC @ codebook_VC.T - half_norm_V) / to_nearest

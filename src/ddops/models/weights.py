@@ -69,11 +69,18 @@ def load_metadata(path: Path, kind: str) -> tuple[ModelConfig, dict[str, str]]:
     return _parse_metadata(path, metadata, kind)
 
 
+def kind_of(path: Path) -> str | None:
+    """What the weights in a file are of; None where it does not say. Raises :class:`CheckpointError`."""
+    with _opened(path) as file:
+        kind: str | None = (file.metadata() or {}).get(_KIND)
+    return kind
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file, in evaluation mode; raises :class:`CheckpointError`."""
     state, config, _ = load_weights(path, TOKENIZER)
     tokenizer = build_tokenizer(config)
-    _load_strictly(tokenizer, state, path)
+    load_strictly(tokenizer, state, path)
     return tokenizer.eval()
 
 
@@ -91,8 +98,8 @@ def load_teacher(path_tokenizer: Path, path_transformer: Path) -> Teacher:
             "transformer; pass the two files of one model"
         )
     teacher = build_teacher(config)
-    _load_strictly(teacher.tokenizer, tokenizer_state, path_tokenizer)
-    _load_strictly(teacher.get_submodule("transformer"), transformer_state, path_transformer)
+    load_strictly(teacher.tokenizer, tokenizer_state, path_tokenizer)
+    load_strictly(teacher.get_submodule("transformer"), transformer_state, path_transformer)
     return teacher.eval()
 
 
@@ -100,7 +107,7 @@ def load_student(path: Path) -> Student:
     """The DD1 student in a file, in evaluation mode; raises :class:`CheckpointError`."""
     state, config, _ = load_weights(path, STUDENT)
     student = build_student(config)
-    _load_strictly(student, state, path)
+    load_strictly(student, state, path)
     return student.eval()
 
 
@@ -142,7 +149,8 @@ def _check_metadata(path: Path, metadata: Mapping[str, str], kind: str) -> None:
         raise CheckpointError(f"{path} holds a {metadata[_KIND]}, but a {kind} was asked for; pass that file instead")
 
 
-def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict of exactly the module's names and shapes; raises :class:`CheckpointError`."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:  # torch's message lists every missing, unexpected and misshapen key

@@ -8,13 +8,14 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ddops.config.load import ConfigError, load_config
+from ddops.files import write_json
 from ddops.models.errors import CheckpointError, MayPassError
 from ddops.stages import paths
-from ddops.training.errors import ReplicaLost, TrainingDiverged
+from ddops.training.errors import Collapsed, ReplicaLost, TrainingDiverged
 from ddops.trajectories.shards import DatasetError
 
 Stage = Callable[..., None]
@@ -41,7 +42,10 @@ EXIT_TRY_AGAIN = 75
 """Exit codes of a stage, for whoever runs the pipeline: refused by the gate; trouble that may pass (as EX_TEMPFAIL in
 sysexits.h). Any other failure that was explained is 1."""
 
-EXPECTED_ERRORS = (ConfigError, CheckpointError, DatasetError, StageError, TrainingDiverged, ReplicaLost, OSError)
+EXPECTED_ERRORS = (
+    *(ConfigError, CheckpointError, DatasetError, StageError, OSError),
+    *(TrainingDiverged, Collapsed, ReplicaLost),
+)
 
 
 def sections(stage: Stage) -> tuple[str, ...]:
@@ -68,6 +72,12 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, ModelRefusedError):
         return EXIT_REFUSED
     return EXIT_TRY_AGAIN if isinstance(error, MayPassError | ReplicaLost) else 1
+
+
+def write_not_trained(stage: str, directories: Iterable[Path]) -> None:
+    """The outputs of a stage that the preset leaves out: directories that say so."""
+    for directory in directories:
+        write_json(directory / "origin.json", {"trained": False, "reason": f"{stage}.source is none"})
 
 
 def require(path: Path, stage: str) -> Path:

@@ -9,6 +9,8 @@ TOKENIZER = Path("artifacts/teacher/tokenizer.safetensors")
 TRANSFORMER = Path("artifacts/teacher/transformer.safetensors")
 TRAJECTORIES = Path("data/trajectories")
 DD1_STUDENT = Path("artifacts/dd1/student.safetensors")
+AR_DIFFUSION = Path("artifacts/ar_diffusion/model.safetensors")
+DD2_GENERATOR = Path("artifacts/dd2/generator.safetensors")
 SAMPLES = Path("data/samples")
 ONNX_BUNDLE = Path("artifacts/onnx")
 

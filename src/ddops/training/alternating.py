@@ -15,13 +15,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ddops.config.dd2 import GuidanceConfig
 from ddops.config.training import TrainingConfig
 from ddops.training.checkpoint import CheckpointFile
 from ddops.training.curves import Curves
-from ddops.training.loop import MAX_SEED, check_finite, frozen_copy, parameter_groups, update, update_ema
+from ddops.training.loop import (
+    averaged,
+    build_optimizers,
+    check_finite,
+    frozen_copy,
+    progress_bar,
+    seed_step,
+    update,
+    update_ema,
+)
+from ddops.training.replicas import Replicas, replicas
 from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 
 log = logging.getLogger(__name__)
@@ -30,9 +39,10 @@ Values = Mapping[str, Tensor]
 
 
 class Objectives(Protocol):
-    """The two losses, each under the key ``loss``, and whatever else is worth a curve."""
+    """The two losses, each under the key ``loss``, and whatever else is worth a curve. The guidance network's is of
+    ``count`` fresh samples."""
 
-    def guidance(self, generator: nn.Module, guidance: nn.Module) -> Values: ...
+    def guidance(self, generator: nn.Module, guidance: nn.Module, count: int) -> Values: ...
 
     def generator(self, generator: nn.Module, guidance: nn.Module, indices_B: Tensor) -> Values: ...
 
@@ -44,15 +54,19 @@ class Networks:
     generator: nn.Module
     guidance: nn.Module
     ema: nn.Module
-    generator_optimizer: torch.optim.Optimizer
-    guidance_optimizer: torch.optim.Optimizer
+    generator_optimizers: list[torch.optim.Optimizer]
+    guidance_optimizers: list[torch.optim.Optimizer]
 
-    def state(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in vars(self).items()}
+    def parts(self) -> list[Any]:
+        """Whatever has a state."""
+        return [self.generator, self.guidance, self.ema, *self.generator_optimizers, *self.guidance_optimizers]
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        for name, part in vars(self).items():
-            part.load_state_dict(state[name])
+    def state(self) -> list[Any]:
+        return [part.state_dict() for part in self.parts()]
+
+    def load(self, state: list[Any]) -> None:
+        for part, saved in zip(self.parts(), state, strict=True):
+            part.load_state_dict(saved)
 
 
 def train_alternating(
@@ -77,72 +91,83 @@ def train_alternating(
 
     Raises:
         TrainingDiverged: a loss is NaN or infinite; or what ``evaluate`` raises.
+        ReplicaLost: one of ``config.processes`` ended.
     """
     networks = Networks(
         generator,
         guidance,
         frozen_copy(generator),
-        torch.optim.AdamW(parameter_groups(generator, config.weight_decay), betas=config.betas, fused=True),
-        torch.optim.AdamW(
-            parameter_groups(guidance, guidance_config.weight_decay), betas=guidance_config.betas, fused=True
-        ),
+        build_optimizers(generator, config),
+        build_optimizers(guidance, guidance_config),
     )
-    first_step = -guidance_config.alignment_steps
+    alignment = guidance_config.alignment_steps
+    first_step = -alignment
     state = checkpoint.load()
-    curves = Curves(curves_dir, state["history"] if state else None)
     if state:
-        networks.load(state)
+        networks.load(state["networks"])
         first_step = int(state["step"])
         log.info("%s: resuming at step %d of %d", description, first_step, config.steps)
 
-    total = guidance_config.alignment_steps + config.steps
-    bar = tqdm(total=total, initial=total - config.steps + first_step, desc=description, unit="step", mininterval=1.0)
-    for step in range(first_step, config.steps):
-        torch.manual_seed((seed * 1_000_003 + guidance_config.alignment_steps + step) % MAX_SEED)
-        aligning = step < 0
-        row: dict[str, Tensor] = {}
-        for _ in range(1 if aligning else guidance_config.updates):
-            row |= _update_guidance(networks, objectives, guidance_config)
-        if not aligning:
-            indices_B = batch_indices(seed, step, config.batch_size, dataset_size)
-            row |= _update_generator(networks, objectives, indices_B, config, step)
-        bar.update()
-        done = step + 1
-        last = done == config.steps
-        to_log, to_save = (last or done % every == 0 for every in (config.log_every, config.checkpoint_every))
-        if not (to_log or to_save):
-            continue
-        values = {name: float(value.detach()) for name, value in row.items()}
-        check_finite(values, description, done)
-        if to_log:
-            if evaluate is not None and not aligning and (last or done % evaluate_every == 0):
-                values |= evaluate(networks.ema)
-            curves.log(done, values)
-            bar.set_postfix({"guidance": f"{values['guidance_loss']:.4f}"}, refresh=False)
-        if to_save:
-            checkpoint.save({"step": done, "history": curves.history, **networks.state()})
-    bar.close()
-    curves.close()
+    with replicas(config.processes if first_step < config.steps else 1) as group:
+        curves = Curves(curves_dir, state["history"] if state else None) if group.is_first else None
+        bar = progress_bar(description, alignment + first_step, alignment + config.steps, shown=group.is_first)
+        for step in range(first_step, config.steps):
+            seed_step(seed, alignment + step, group.rank, group.size)
+            row: dict[str, Tensor] = {}
+            for _ in range(guidance_config.updates if step >= 0 else 1):
+                row |= _update_guidance(networks, objectives, guidance_config, group)
+            if step >= 0:
+                share = batch_indices(seed, step, config.batch_size, dataset_size)[group.rank :: group.size]
+                row |= _update_generator(networks, objectives, share, config, step, group)
+            bar.update()
+            done = step + 1
+            last = done == config.steps
+            to_log, to_save = (last or done % every == 0 for every in (config.log_every, config.checkpoint_every))
+            if not (to_log or to_save):
+                continue
+            values = averaged(row, group)
+            check_finite(values, description, done)
+            if curves is None:
+                continue
+            if to_log:
+                if evaluate is not None and step >= 0 and (last or done % evaluate_every == 0):
+                    values |= evaluate(networks.ema)
+                curves.log(done, values)
+                bar.set_postfix({"guidance": f"{values['guidance_loss']:.4f}"}, refresh=False)
+            if to_save:
+                checkpoint.save({"step": done, "history": curves.history, "networks": networks.state()})
+        bar.close()
+        if curves is not None:
+            curves.close()
     return networks.ema.state_dict()
 
 
-def _update_guidance(networks: Networks, objectives: Objectives, config: GuidanceConfig) -> dict[str, Tensor]:
-    values = objectives.guidance(networks.generator, networks.guidance)
+def _update_guidance(
+    networks: Networks, objectives: Objectives, config: GuidanceConfig, group: Replicas
+) -> dict[str, Tensor]:
+    values = objectives.guidance(networks.generator, networks.guidance, config.batch_size // group.size)
     norm = update(
-        networks.guidance, networks.guidance_optimizer, values["loss"], config.learning_rate, config.gradient_clip
+        networks.guidance,
+        networks.guidance_optimizers,
+        values["loss"],
+        config.learning_rate,
+        config.gradient_clip,
+        group,
     )
     return {f"guidance_{name}": value for name, value in {**values, "gradient_norm": norm}.items()}
 
 
 def _update_generator(
-    networks: Networks,
-    objectives: Objectives,
-    indices_B: Tensor,
-    config: TrainingConfig,
-    step: int,
+    networks: Networks, objectives: Objectives, share: Tensor, config: TrainingConfig, step: int, group: Replicas
 ) -> dict[str, Tensor]:
-    values = objectives.generator(networks.generator, networks.guidance, indices_B)
-    rate = learning_rate(config, step)
-    norm = update(networks.generator, networks.generator_optimizer, values["loss"], rate, config.gradient_clip)
+    values = objectives.generator(networks.generator, networks.guidance, share)
+    norm = update(
+        networks.generator,
+        networks.generator_optimizers,
+        values["loss"],
+        learning_rate(config, step),
+        config.gradient_clip,
+        group,
+    )
     update_ema(networks.ema, networks.generator, ema_decay(config, step))
     return {**values, "gradient_norm": norm}

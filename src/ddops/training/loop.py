@@ -110,7 +110,7 @@ def train(
 
 def seeded(seed: int, build: Callable[[], Module]) -> Module:
     """``build()`` with torch's global generator seeded: the same seed gives the same initial weights."""
-    torch.manualseed_step(seed)
+    torch.manual_seed(seed)
     return build()
 
 
@@ -140,7 +140,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig | GuidanceConfig) 
 
 def seed_step(seed: int, step: int, rank: int, size: int) -> None:
     """Make what a replica draws in a step a function of the seed, the step and its rank."""
-    torch.manualseed_step(((seed * 1_000_003 + step) * size + rank) % MAX_SEED)
+    torch.manual_seed(((seed * 1_000_003 + step) * size + rank) % MAX_SEED)
 
 
 def progress_bar(description: str, first_step: int, steps: int, *, shown: bool) -> tqdm[Any]:

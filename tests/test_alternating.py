@@ -1,0 +1,151 @@
+"""The alternating loop: who is updated when, and a killed run that goes on to the same bytes."""
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from ddops.config.dd2 import GuidanceConfig
+from ddops.config.training import TrainingConfig
+from ddops.training.alternating import train_alternating
+from ddops.training.checkpoint import CheckpointFile
+from ddops.training.errors import TrainingDiverged
+from tiny import contents
+
+ALIGNMENT, UPDATES, STEPS = 7, 3, 12
+OPTIMISATION = {"betas": (0.5, 0.9), "weight_decay": 0.1, "gradient_clip": 1.0, "optimizer": "adamw"}
+
+
+def training(processes):
+    return TrainingConfig(
+        steps=STEPS, batch_size=6, processes=processes, learning_rate=0.05, final_learning_rate=0.0, warmup_steps=2,
+        ema_decay=0.8, log_every=2, checkpoint_every=3, **OPTIMISATION,
+    )  # fmt: skip
+
+
+GUIDANCE = GuidanceConfig(
+    start="teacher",
+    alignment_steps=ALIGNMENT,
+    updates=UPDATES,
+    draws=1,
+    batch_size=6,
+    learning_rate=0.02,
+    **OPTIMISATION,
+)
+
+
+class Killed(BaseException):
+    """Not an Exception, so that nothing tidies up after it."""
+
+
+class Pursuit:
+    """The guidance network learns the generator's mean; the generator moves away from it towards a target."""
+
+    def __init__(self, die_at=None):
+        self.die_at, self.events = die_at, []
+
+    def guidance(self, generator, guidance, count):
+        self.events.append("g")
+        with torch.no_grad():
+            x = generator(torch.randn(count, 2))
+        return {"loss": (guidance(x) - x).square().mean()}
+
+    def generator(self, generator, guidance, indices_B):
+        self.events.append("G")
+        if self.die_at is not None and self.events.count("G") > self.die_at:
+            raise Killed
+        x = generator(torch.randn(len(indices_B), 2) + indices_B[:, None] / 10)
+        return {"loss": (x - guidance(x).detach() - 1).square().mean(), "size": x.abs().mean()}
+
+
+def networks():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)), nn.Linear(1, 1)
+
+
+def run(directory, objectives=None, processes=1, **options):
+    generator, guidance = networks()
+    state = train_alternating(
+        generator,
+        guidance,
+        objectives or Pursuit(),
+        config=training(processes),
+        guidance_config=GUIDANCE,
+        seed=7,
+        dataset_size=13,
+        checkpoint=CheckpointFile(directory / "state.pt", "this run"),
+        curves_dir=directory / "curves",
+        description="toy",
+        **options,
+    )
+    return save(state), contents(directory / "curves")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def test_alignment_comes_first_and_several_guidance_updates_before_each_of_the_generator(tmp_path):
+    objectives = Pursuit()
+    run(tmp_path, objectives)
+    assert "".join(objectives.events) == "g" * ALIGNMENT + ("g" * UPDATES + "G") * STEPS
+
+
+def test_curves_count_the_generators_steps(uninterrupted):
+    tables = {name.rpartition("/")[2]: text.decode().splitlines() for name, text in uninterrupted[1].items()}
+    assert [line.split("\t")[0] for line in tables["guidance_loss.tsv"][1:]] == [*map(str, range(-6, 13, 2))]
+    assert [line.split("\t")[0] for line in tables["size.tsv"][1:]] == [*map(str, range(2, 13, 2))]
+
+
+@pytest.mark.parametrize("death", [0, 2, 3, 10], ids=lambda step: f"killed at step {step}")
+def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, death):
+    """Both networks, both optimisers, the EMA, the random numbers and the curves; the first death is in alignment's
+    wake, others fall on and between checkpoints."""
+    with pytest.raises(Killed):
+        run(tmp_path, Pursuit(die_at=death))
+    assert run(tmp_path) == uninterrupted
+
+
+def test_killed_while_aligning_it_goes_on(tmp_path, uninterrupted):
+    class Mortal(Pursuit):
+        def guidance(self, generator, guidance, count):
+            if len(self.events) == ALIGNMENT - 1:
+                raise Killed
+            return super().guidance(generator, guidance, count)
+
+    with pytest.raises(Killed):
+        run(tmp_path, Mortal())
+    objectives = Pursuit()
+    assert run(tmp_path, objectives) == uninterrupted
+    assert len(objectives.events) < ALIGNMENT + STEPS * (UPDATES + 1), "the alignment's checkpoint was used"
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    class Broken(Pursuit):
+        def guidance(self, generator, guidance, count):
+            return {"loss": super().guidance(generator, guidance, count)["loss"] * float("nan")}
+
+    with pytest.raises(TrainingDiverged, match="toy: not a number"):
+        run(tmp_path, Broken())
+
+
+def test_what_the_watch_raises_stops_the_run_and_leaves_the_checkpoint(tmp_path, uninterrupted):
+    class Alarm(Exception):
+        pass
+
+    def watch(model):
+        raise Alarm
+
+    with pytest.raises(Alarm):
+        run(tmp_path, evaluate=watch, evaluate_every=6)
+    assert (tmp_path / "state.pt").exists()
+    assert run(tmp_path) == uninterrupted
+
+
+def test_processes_share_the_batches(tmp_path):
+    """Two of three samples each, their gradients averaged; resumed, they end with the bytes of an undisturbed run."""
+    whole = run(tmp_path / "whole", processes=2)
+    with pytest.raises(Killed):
+        run(tmp_path / "part", Pursuit(die_at=8), processes=2)
+    assert run(tmp_path / "part", processes=2) == whole
