@@ -92,7 +92,7 @@ def test_with_the_classifier_its_sampler_is_the_teachers_flow_map(family):
 
     def pick(level, log_p_BlV):
         noise_BlC = noise_BLC[:, teacher.layout.positions(level)]
-        ids_N = flow_map(noise_BlC.flatten(0, 1), log_p_BlV.flatten(0, 1), teacher.codebook_VC, evaluations=32)
+        ids_N = flow_map(noise_BlC.flatten(0, 1), log_p_BlV.flatten(0, 1), teacher.codebook_VC)
         return ids_N.view(noise_BlC.shape[:2])
 
     expected_BL = sample_teacher(teacher, labels_B, UNGUIDED, pick)
@@ -107,7 +107,7 @@ def test_refining_from_all_noise_redraws_every_token_given_the_others(family):
     labels_B, ids_BL, noise_BLC = sequences(teacher, count=20)
     q_BLC = F.embedding(ids_BL, teacher.codebook_VC)
     log_p_BLV = conditional_log_probs(teacher, labels_B, ids_BL, UNGUIDED)
-    redrawn_N = flow_map(noise_BLC.flatten(0, 1), log_p_BLV.flatten(0, 1), teacher.codebook_VC, evaluations=32)
+    redrawn_N = flow_map(noise_BLC.flatten(0, 1), log_p_BLV.flatten(0, 1), teacher.codebook_VC)
     refined_BLC = refine(model, q_BLC, noise_BLC, labels_B, start=0.0, evaluations=32)
     expected_BLC = F.embedding(redrawn_N, teacher.codebook_VC).view(q_BLC.shape)
     assert (refined_BLC == expected_BLC).all(-1).double().mean() > 0.98

@@ -1,6 +1,7 @@
 """Sampling the AR-diffusion model of DD2, and refining a sequence with it (arXiv 2510.21003).
 
-The solver is that of the flow map (:mod:`ddops.flow.solvers`): it predicts the data, on a grid uniform in log-SNR.
+The solver is the multistep one of the flow map (:mod:`ddops.flow.solvers`): it predicts the data, on a grid uniform in
+log-SNR, and is written in ``z = x / (1 - t)`` and ``r = t / (1 - t)``, where the flow is ``dz/dr = E[q | x_t]``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddops.config.models import SamplingConfig
-from ddops.flow.solvers import grid_times
+from ddops.flow.solvers import grid_ratios
 from ddops.models.ar_diffusion import ARDiffusion
 from ddops.models.quantization import nearest_code
 
@@ -33,7 +34,7 @@ def sample_ar_diffusion(model: ARDiffusion, labels_B: Tensor, noise_BLC: Tensor,
         q_BlC = solve(
             lambda x_BlC, t_Bl, hidden_BlD=hidden_BlD: model.mean(x_BlC, t_Bl, hidden_BlD),  # type: ignore[misc]
             noise_BLC[:, layout.positions(level)],
-            _times(model, evaluations),
+            grid_ratios(model.codebook_VC, evaluations - 1),
         )
         ids_Bl = nearest_code(q_BlC, model.codebook_VC)
         session.append(ids_Bl)
@@ -52,27 +53,29 @@ def refine(
     """
     hidden_BLD = model.hidden(labels_B, nearest_code(q_BLC, model.codebook_VC))
     x_BLC = torch.lerp(noise_BLC, q_BLC, start)
-    times = [t for t in _times(model, evaluations) if t > start]
-    q_BLC = solve(lambda x_BLC, t_BL: model.mean(x_BLC, t_BL, hidden_BLD), x_BLC, times, start=start)
+    first = start / (1 - start)
+    ratios = [r for r in grid_ratios(model.codebook_VC, evaluations - 1) if r > first]
+    q_BLC = solve(lambda x_BLC, t_BL: model.mean(x_BLC, t_BL, hidden_BLD), x_BLC, ratios, first)
     return torch.nn.functional.embedding(nearest_code(q_BLC, model.codebook_VC), model.codebook_VC)
 
 
-def solve(mean: Denoiser, x_BlC: Tensor, times: list[float], start: float = 0.0) -> Tensor:
-    """Follow ``dx/dt = (mean - x) / (1 - t)`` from ``start`` through ``times`` and return the last mean.
+def solve(mean: Denoiser, x_BlC: Tensor, ratios: list[float], r: float = 0.0) -> Tensor:
+    """The last posterior mean on the way from ``x_BlC`` at ``r`` through ``ratios``, which are all larger.
 
-    Second order and multistep; one evaluation a time, and one at ``start``.
+    Second order; one evaluation a ratio, and one at the start.
     """
-    t, change_BlC = start, torch.zeros_like(x_BlC)
-    previous_BlC = mean(x_BlC, torch.full_like(x_BlC[..., 0], t))
-    for step, t_next in enumerate(times):
-        mean_BlC = mean(x_BlC, torch.full_like(x_BlC[..., 0], t)) if step else previous_BlC
-        # The step from t = 0 is infinite in log-SNR: no extrapolation over it.
-        change_BlC = mean_BlC - previous_BlC if step > 1 or start > 0 else change_BlC
-        shrink = (1 - t_next) / (1 - t)
-        x_BlC = shrink * x_BlC + (t_next - shrink * t) * (mean_BlC + 0.5 * change_BlC)
-        t, previous_BlC = t_next, mean_BlC
-    return mean(x_BlC, torch.full_like(x_BlC[..., 0], t))
 
+    def at(z_BlC: Tensor, r: float) -> Tensor:
+        return mean(z_BlC / (1 + r), torch.full_like(z_BlC[..., 0], r / (1 + r)))
 
-def _times(model: ARDiffusion, evaluations: int) -> list[float]:
-    return grid_times(model.codebook_VC, evaluations - 1)
+    extrapolates_from = 1 if r > 0 else 2
+    z_BlC = x_BlC * (1 + r)
+    mean_BlC = at(z_BlC, r)
+    change_BlC = torch.zeros_like(mean_BlC)
+    for step, r_next in enumerate(ratios, start=1):
+        # Half a step ahead by the last change; the step from r = 0 is infinite in log-SNR and does not count.
+        z_BlC = z_BlC + (r_next - r) * (mean_BlC + 0.5 * change_BlC)
+        r, previous_BlC, mean_BlC = r_next, mean_BlC, at(z_BlC, r_next)
+        if step >= extrapolates_from:
+            change_BlC = mean_BlC - previous_BlC
+    return mean_BlC
