@@ -18,7 +18,7 @@ from ddops.models.layout import LevelLayout
 from ddops.models.registry import FAMILIES, Family, build_student, build_teacher, name_maps
 from ddops.models.sampling_filters import guided_log_probs
 from ddops.trajectories.dataset import TrajectoryDataset
-from ddops.trajectories.generate import generate
+from ddops.trajectories.generate import Job, generate
 from tiny import tiny
 
 SAMPLING = SamplingConfig(guidance=2.0, top_k=5, top_p=1.0, temperature=1.0)
@@ -125,7 +125,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> tuple[Teacher, Student]:
 
 def test_its_trajectories_are_generated_and_read(models: tuple[Teacher, Student], tmp_path: Path) -> None:
     config = tiny("llamagen", "trajectories.count=60", "trajectories.shard_size=25", "trajectories.batch_size=10")
-    generate(models[0], config.trajectories, SAMPLING, seed=1, teacher_sha256="none", directory=tmp_path)
+    generate(Job(lambda: models[0], "none", config.trajectories, SAMPLING, 1, tmp_path))
     dataset = TrajectoryDataset(tmp_path, code_dim=2)
     assert dataset.ids_NL.shape == (60, 4)
     assert set(dataset.labels_N.tolist()) == {0, 1, 2}

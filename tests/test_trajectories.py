@@ -1,13 +1,20 @@
 """The trajectory data set: what it holds, the same bytes after a kill as without one, and that damage is seen."""
 
+import atexit
 import json
+import os
+import shutil
+import signal
+import tempfile
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ddops.files import sha256_file
+from ddops.files import sha256_file, sha256_json
 from ddops.flow.solvers import flow_map
 from ddops.models.registry import build_teacher
 from ddops.models.weights import TOKENIZER, TRANSFORMER, save_weights
@@ -15,9 +22,12 @@ from ddops.sampling.noise import NOISE_VERSION
 from ddops.stages import paths
 from ddops.stages.trajectories import trajectories as trajectories_stage
 from ddops.trajectories import dataset as dataset_module
+from ddops.trajectories import mappers
 from ddops.trajectories.dataset import TrajectoryDataset
-from ddops.trajectories.generate import generate, trajectory_labels, trajectory_noise
-from ddops.trajectories.shards import DatasetError
+from ddops.trajectories.generate import Job, SavedTeacher, generate, trajectory_labels, trajectory_noise
+from ddops.trajectories.mappers import in_this_process
+from ddops.trajectories.shards import DatasetError, SettingsDiffer
+from ddops.trajectories.verify import problems
 from tiny import contents, kill_stage_in, tiny, untrained, write_tiny_params
 
 FAMILIES = ["llamagen", "var"]
@@ -28,17 +38,27 @@ NAMES = [*(f"shard-{number:05d}.safetensors" for number in range(4)), "manifest.
 CODE_DIM = 8
 
 
-def make(directory, family="llamagen", *, teacher_sha256="teacher", seed=SEED, **changes):
+@cache
+def teacher_files(family="llamagen"):
+    """Where the untrained teacher of a family is, for this process."""
+    config, (teacher, _) = tiny(family).teacher.model, untrained(family)
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    files = directory / "tokenizer.safetensors", directory / "transformer.safetensors"
+    modules = teacher.tokenizer, teacher.transformer
+    for path, module, kind in zip(files, modules, (TOKENIZER, TRANSFORMER), strict=True):
+        save_weights(path, module.state_dict(), config, kind)
+    return files
+
+
+def job(directory, family="llamagen", *, seed=SEED, **changes):
     config = tiny(family, *OVERRIDES)
-    teacher, _ = untrained(family)
-    generate(
-        teacher,
-        replace(config.trajectories, **changes),
-        config.sampling,
-        seed=seed,
-        teacher_sha256=teacher_sha256,
-        directory=directory,
-    )
+    trajectories = replace(config.trajectories, **changes)
+    return Job.of(SavedTeacher.of(*teacher_files(family)), trajectories, config.sampling, seed, directory)
+
+
+def make(directory, family="llamagen", *, anew=False, mapper=in_this_process, **changes):
+    generate(job(directory, family, **changes), replace=anew, mapper=mapper)
     return directory
 
 
@@ -155,7 +175,8 @@ def test_the_manifest_names_every_shard_and_what_it_was_made_with(complete):
     assert [(shard["first"], shard["count"]) for shard in manifest["shards"]] == [(0, 12), (12, 12), (24, 12), (36, 8)]
     assert all(sha256_file(complete / shard["name"]) == shard["sha256"] for shard in manifest["shards"])
     settings = manifest["settings"]
-    assert (settings["seed"], settings["teacher_sha256"], settings["noise_version"]) == (SEED, "teacher", NOISE_VERSION)
+    assert (settings["seed"], settings["noise_version"]) == (SEED, NOISE_VERSION)
+    assert settings["teacher_sha256"] == sha256_json([sha256_file(file) for file in teacher_files()])
 
 
 # killed, damaged, foreign
@@ -193,7 +214,7 @@ def test_there_is_no_manifest_while_shards_change(copy, monkeypatch):
     seen = []
     monkeypatch.setattr(type(teacher), "open", lambda *_: seen.append((copy / "manifest.json").exists()) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        make(copy, seed=12)
+        make(copy, seed=12, anew=True)
     assert seen == [False]
     with pytest.raises(DatasetError, match="incomplete"):
         TrajectoryDataset(copy, CODE_DIM)
@@ -211,11 +232,6 @@ def nonsense(path):
     path.write_bytes(b"not a shard" * 100)
 
 
-def from_another_seed(path):
-    other = make(path.parent / "elsewhere", seed=99)
-    path.write_bytes((other / path.name).read_bytes())
-
-
 def too_short(path):
     """A shard that this data set did hold once, when it ended there."""
     other = make(path.parent / "elsewhere", count=20)
@@ -226,7 +242,11 @@ def missing(path):
     path.unlink()
 
 
-DAMAGES = [cut, empty, nonsense, flip_last_bit, from_another_seed, too_short, missing]
+def from_another_place(path):
+    path.write_bytes((path.parent / NAMES[0]).read_bytes())
+
+
+DAMAGES = [cut, empty, nonsense, flip_last_bit, too_short, from_another_place, missing]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -239,23 +259,54 @@ def test_a_spoilt_shard_is_made_again_and_no_other(copy, complete, damage):
     assert [name for name in NAMES[:-1] if after[name] != before.get(name)] == [NAMES[1]]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"teacher_sha256": "another"},
-        {"seed": 12},
-        {"tolerance": 0.02},
-        {"evaluations": 13},
-        {"solver": "heun"},
-        {"batch_size": 6},
-    ],
-    ids=str,
-)
-def test_other_settings_make_every_shard_again(copy, changes):
+OTHER_SETTINGS = [
+    ({"seed": 12}, "seed 11, now 12"),
+    ({"batch_size": 6}, "batch_size 5, now 6"),
+    ({"tolerance": 0.02}, "tolerance 0.01, now 0.02"),
+    ({"evaluations": 13}, "evaluations 100, now 13"),
+    ({"solver": "heun"}, "solver adaptive, now heun"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), OTHER_SETTINGS, ids=str)
+def test_other_settings_refuse_to_mix_and_say_what_differs(copy, complete, changes, said):
+    with pytest.raises(SettingsDiffer, match=rf"{NAMES[0]}: made with other settings: {said}\. Restore"):
+        make(copy, **changes)
+    assert contents(copy) == contents(complete)
+
+
+def test_another_teacher_or_guidance_refuses_to_mix(copy, complete):
+    other = replace(job(copy), teacher_sha256="0" * 64)
+    with pytest.raises(SettingsDiffer, match=r"made with other settings: teacher_sha256 \w{64}, now 0{64}\."):
+        generate(other)
+    other = replace(job(copy), sampling=replace(job(copy).sampling, guidance=3.5))
+    with pytest.raises(SettingsDiffer, match=r"made with other settings: sampling\.guidance 1\.5, now 3\.5\."):
+        generate(other)
+    assert contents(copy) == contents(complete)
+
+
+def test_one_foreign_shard_is_named(copy, tmp_path_factory):
+    """Whole, but of another data set: not damage to be mended quietly."""
+    other = make(tmp_path_factory.mktemp("other"), seed=99)
+    (copy / NAMES[2]).write_bytes((other / NAMES[2]).read_bytes())
+    with pytest.raises(SettingsDiffer, match=rf"{NAMES[2]}: made with other settings: seed 99, now 11"):
+        make(copy)
+
+
+@pytest.mark.parametrize("changes", [changes for changes, _ in OTHER_SETTINGS], ids=str)
+def test_other_settings_make_every_shard_again_where_that_is_asked_for(copy, changes):
     before = times(copy)
-    make(copy, **changes)
+    make(copy, anew=True, **changes)
     after = times(copy)
     assert all(after[name] != before[name] for name in NAMES[:-1])
+
+
+def test_fewer_samples_than_there_are_drop_none_unasked(copy, complete):
+    with pytest.raises(SettingsDiffer, match=rf"{NAMES[2]}: past the 24 samples asked for \(2 such shards\)"):
+        make(copy, count=24)
+    assert contents(copy) == contents(complete)
+    make(copy, count=24, anew=True)
+    assert len(TrajectoryDataset(copy, CODE_DIM)) == 24
 
 
 def test_a_complete_data_set_is_left_alone(copy, complete, monkeypatch):
@@ -275,11 +326,73 @@ def test_more_of_the_same_keeps_the_full_shards(copy):
 
 
 def test_what_does_not_belong_is_removed(copy):
-    """Shards of a longer data set, and what a killed write left."""
-    for name in ("shard-00009.safetensors", ".shard-00001.safetensors.123.tmp"):
-        (copy / name).write_bytes(b"left over")
+    """What a killed write left."""
+    (copy / ".shard-00001.safetensors.123.tmp").write_bytes(b"left over")
     make(copy)
     assert sorted(contents(copy)) == sorted(NAMES)
+
+
+# several processes
+
+
+@pytest.mark.parametrize("mapper", [mappers.processes(2), mappers.dask(workers=2)], ids=["processes", "dask"])
+def test_several_processes_make_the_same_bytes(mapper, tmp_path, complete):
+    make(tmp_path, mapper=mapper)
+    assert contents(tmp_path) == contents(complete)
+
+
+class DiesOnce:
+    """Makes shards, but the first process that is given the marked one dies in the middle of the data set."""
+
+    def __init__(self, make_shard, marker, number):
+        self.make_shard, self.marker, self.number = make_shard, marker, number
+
+    def __call__(self, plan):
+        if plan.number == self.number and not self.marker.exists():
+            self.marker.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.make_shard(plan)
+
+
+def test_a_dask_worker_killed_half_way_loses_and_repeats_nothing(tmp_path, complete):
+    """A real worker process, dead by SIGKILL as it makes the third shard: the cluster goes on to the same bytes."""
+    cluster, marker = mappers.dask(workers=2), tmp_path / "marker"
+    make(tmp_path / "data", mapper=lambda make_shard, plans: cluster(DiesOnce(make_shard, marker, 2), plans))
+    assert int(marker.read_text()) != os.getpid()
+    assert contents(tmp_path / "data") == contents(complete)
+
+
+# verifying
+
+
+def test_a_complete_data_set_has_no_problems(complete):
+    assert list(problems(complete, 10, 64)) == []
+
+
+@pytest.mark.parametrize("damage", [cut, flip_last_bit, from_another_place, missing], ids=lambda value: value.__name__)
+def test_verify_names_the_spoilt_shard_and_no_other(copy, damage):
+    damage(copy / NAMES[1])
+    (problem,) = problems(copy, 10, 64)
+    assert problem.startswith(
+        f"{copy / NAMES[1]}: {'missing' if damage is missing else 'altered, damaged or truncated'}"
+    )
+
+
+def test_verify_sees_through_a_forged_manifest(copy, tmp_path_factory):
+    """A shard of another seed whose hash was put into the manifest: its own header and labels give it away."""
+    other = make(tmp_path_factory.mktemp("other"), seed=99)
+    (copy / NAMES[1]).write_bytes((other / NAMES[1]).read_bytes())
+    change_manifest(copy, lambda manifest: manifest["shards"][1].update(sha256=sha256_file(copy / NAMES[1])))
+    found = list(problems(copy, 10, 64))
+    assert any("made with other settings than the manifest says: seed 99, now 11" in problem for problem in found)
+    assert any("the labels are not those of seed 11" in problem for problem in found)
+
+
+def test_verify_counts(copy):
+    change_manifest(copy, lambda manifest: manifest["shards"].pop(1))
+    found = list(problems(copy, 10, 64))
+    assert any("begins with sample 24, not 12" in problem for problem in found)
+    assert any("not in the manifest" in problem for problem in found)
 
 
 # reading
@@ -305,7 +418,7 @@ def test_noise_of_another_version_is_refused(copy):
         ("{", "damaged"),
         ("[]", "damaged"),
         ("{}", "damaged"),
-        ('{"format_version": 9}', "format 9, this version reads 1"),
+        ('{"format_version": 9}', "format 9, this version reads 2"),
     ],
 )
 def test_a_damaged_manifest_is_named(copy, content, message):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ddops import __version__
-from ddops.commands import compose, fetch, plan, run, sample
+from ddops.commands import compose, fetch, plan, run, sample, trajectories
 from ddops.commands.arguments import CommandError
 from ddops.config.load import ConfigError
 from ddops.models.errors import CheckpointError
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ddops", description="Distil image AR models into one-step generators.")
     parser.add_argument("--version", action="version", version=f"ddops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (compose, run, plan, fetch, sample):
+    for module in (compose, run, plan, fetch, sample, trajectories):
         module.register(commands)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

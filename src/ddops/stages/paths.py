@@ -21,6 +21,8 @@ METRICS = REPORTS / "metrics.json"
 ROWS_TABLE = REPORTS / "rows.csv"
 FEATURES_METRICS = REPORTS / "features.json"
 GATE_DECISION = REPORTS / "gate.json"
+TRAJECTORIES_THROUGHPUT = REPORTS / "trajectories_throughput.json"
+"""A metric of the last run that made any. No stage's output: it says how fast, not what, and differs every time."""
 EXPORT_METRICS = REPORTS / "export.json"
 REPORT = REPORTS / "index.html"
 

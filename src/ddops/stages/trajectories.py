@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import TrajectoriesConfig
-from ddops.files import sha256_file, sha256_json
-from ddops.models.weights import load_teacher
+from ddops.files import write_json
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
-from ddops.trajectories.generate import generate, write_empty
+from ddops.trajectories.generate import Job, SavedTeacher, generate, write_empty
 
 
 def trajectories(seed: int, sampling: SamplingConfig, trajectories: TrajectoriesConfig) -> None:
@@ -16,15 +15,12 @@ def trajectories(seed: int, sampling: SamplingConfig, trajectories: Trajectories
     if trajectories.count == 0:
         write_empty(paths.TRAJECTORIES, "trajectories.count is 0: nothing is trained on them")
         return
-    files = [require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher")]
-    generate(
-        load_teacher(*files),
-        trajectories,
-        sampling,
-        seed=seed,
-        teacher_sha256=sha256_json([sha256_file(file) for file in files]),
-        directory=paths.TRAJECTORIES,
-    )
+    teacher = SavedTeacher.of(require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher"))
+    job = Job.of(teacher, trajectories, sampling, seed, paths.TRAJECTORIES)
+    # DVC runs this because something changed, and keeps the data set of before in its cache.
+    metrics = generate(job, replace=True)
+    if metrics["samples"]:
+        write_json(paths.TRAJECTORIES_THROUGHPUT, metrics)
 
 
 if __name__ == "__main__":

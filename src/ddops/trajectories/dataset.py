@@ -45,9 +45,9 @@ class TrajectoryDataset:
             path = directory / shard["name"]
             if not path.is_file() or sha256_file(path) != shard["sha256"]:
                 raise DatasetError(f"{path}: missing or altered since the manifest was written; generate it again")
-            labels_N, ids_NL, _ = read_shard(path)
-            labels.append(labels_N)
-            ids.append(ids_NL)
+            read = read_shard(path)
+            labels.append(read.labels_N)
+            ids.append(read.ids_NL)
         self.seed: int = manifest["settings"]["seed"]
         self.labels_N = torch.from_numpy(np.concatenate(labels).astype(np.int64))
         self.ids_NL = torch.from_numpy(np.concatenate(ids).astype(np.int32))

@@ -1,8 +1,16 @@
-"""Generating trajectories: (class, noise, token ids) with the ids from the flow map under the teacher (DD1, 3.2)."""
+"""Generating trajectories: (class, noise, token ids) with the ids from the flow map under the teacher (DD1, 3.2).
+
+A shard is a pure function of the settings and its place, so it does not matter which process or machine makes it, nor
+in which order: see :mod:`ddops.trajectories.mappers`.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +22,113 @@ from tqdm import tqdm
 
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import TrajectoriesConfig
-from ddops.files import sha256_json
+from ddops.files import sha256_file, sha256_json
 from ddops.models.interface import Teacher
+from ddops.models.weights import load_teacher
 from ddops.sampling.noise import NOISE_VERSION, Stream, integers, normals
 from ddops.sampling.teacher import flow_picker, sample_teacher
-from ddops.trajectories.shards import MANIFEST, ShardPlan, is_complete, plan_shards, write_manifest, write_shard
+from ddops.trajectories.mappers import Mapper, in_this_process
+from ddops.trajectories.shards import (
+    MANIFEST,
+    SettingsDiffer,
+    ShardPlan,
+    plan_shards,
+    shard_problem,
+    write_manifest,
+    write_shard,
+)
 
 log = logging.getLogger(__name__)
 
 
-def trajectory_settings(
-    config: TrajectoriesConfig, sampling: SamplingConfig, seed: int, teacher_sha256: str
-) -> dict[str, Any]:
-    """Everything that a trajectory's bytes depend on besides its index (and the platform's arithmetic)."""
-    return {
-        "teacher_sha256": teacher_sha256,
-        "sampling": {
-            "guidance": sampling.guidance,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "temperature": sampling.temperature,
-        },
-        "solver": config.solver,
-        "evaluations": config.evaluations,
-        "tolerance": config.tolerance,
-        "shard_size": config.shard_size,
-        # Rounding in a matrix product may depend on its size, and a rounding error can move a token.
-        "batch_size": config.batch_size,
-        "seed": seed,
-        "noise_version": NOISE_VERSION,
-    }
+@dataclass(frozen=True)
+class SavedTeacher:
+    """A teacher in its two files, opened once a process; on a GPU where there is one."""
+
+    tokenizer: Path
+    transformer: Path
+    sha256: str
+
+    @classmethod
+    def of(cls, tokenizer: Path, transformer: Path) -> SavedTeacher:
+        """With the hash of the files, by their absolute paths."""
+        sha256 = sha256_json([sha256_file(tokenizer), sha256_file(transformer)])
+        return cls(tokenizer.absolute(), transformer.absolute(), sha256)
+
+    @cache  # noqa: B019  one teacher a process, kept to its end
+    def __call__(self) -> Teacher:
+        return load_teacher(self.tokenizer, self.transformer).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs in order to make any shard of a data set. Travels between processes and machines: the paths
+    must mean the same files there."""
+
+    open_teacher: Callable[[], Teacher]
+    teacher_sha256: str
+    config: TrajectoriesConfig
+    sampling: SamplingConfig
+    seed: int
+    directory: Path
+
+    @classmethod
+    def of(
+        cls, teacher: SavedTeacher, config: TrajectoriesConfig, sampling: SamplingConfig, seed: int, directory: Path
+    ) -> Job:
+        """For a teacher in files."""
+        return cls(teacher, teacher.sha256, config, sampling, seed, directory.absolute())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that a trajectory's bytes depend on besides its index (and the platform's arithmetic)."""
+        sampling, config = self.sampling, self.config
+        return {
+            "teacher_sha256": self.teacher_sha256,
+            "sampling": {
+                "guidance": sampling.guidance,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "temperature": sampling.temperature,
+            },
+            "solver": config.solver,
+            "evaluations": config.evaluations,
+            "tolerance": config.tolerance,
+            "precision": "float32",
+            "shard_size": config.shard_size,
+            # Rounding in a matrix product may depend on its size, and a rounding error can move a token.
+            "batch_size": config.batch_size,
+            "seed": self.seed,
+            "noise_version": NOISE_VERSION,
+        }
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Samples made, and the seconds that went into each part of it."""
+
+    samples: int = 0
+    teacher: float = 0.0
+    flow_map: float = 0.0
+    noise: float = 0.0
+    writing: float = 0.0
+
+    def __add__(self, other: Throughput) -> Throughput:
+        return Throughput(*(mine + theirs for mine, theirs in zip(self._parts(), other._parts(), strict=True)))
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.samples, self.teacher, self.flow_map, self.noise, self.writing
+
+    @property
+    def seconds(self) -> float:
+        """Of work, in all processes together."""
+        return self.teacher + self.flow_map + self.noise + self.writing
+
+    def shares(self) -> dict[str, float]:
+        """Each part's share of the time."""
+        total = self.seconds or 1.0
+        parts = {"teacher": self.teacher, "flow_map": self.flow_map, "noise": self.noise, "writing": self.writing}
+        return {name: round(value / total, 4) for name, value in parts.items()}
 
 
 def trajectory_labels(seed: int, indices_N: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
@@ -56,62 +141,108 @@ def trajectory_noise(seed: int, indices_N: NDArray[np.int64], shape: tuple[int, 
     return normals(seed, Stream.TRAJECTORY_NOISE, indices_N, shape)
 
 
-def generate(
-    teacher: Teacher,
-    config: TrajectoriesConfig,
-    sampling: SamplingConfig,
-    *,
-    seed: int,
-    teacher_sha256: str,
-    directory: Path,
-) -> None:
-    """Fill ``directory`` with the data set. Shards already there with these settings are kept; others are replaced."""
-    settings = trajectory_settings(config, sampling, seed, teacher_sha256)
-    fingerprint = sha256_json(settings)
-    plans = plan_shards(config.count, config.shard_size)
-    directory.mkdir(parents=True, exist_ok=True)
+def generate(job: Job, *, replace: bool = False, mapper: Mapper = in_this_process) -> dict[str, Any]:
+    """Complete the data set in ``job.directory``: what is there and whole is kept, what is damaged is made again.
+
+    Args:
+        replace: make anew what was made with other settings, and remove what is not part of this data set. Without
+            it, both are refused.
+        mapper: where the shards are made.
+
+    Returns:
+        Samples made, samples a second, and the shares of the time.
+
+    Raises:
+        SettingsDiffer: shards are there that this data set would not hold, and ``replace`` is not set.
+    """
+    plans = plan_shards(job.config.count, job.config.shard_size)
+    job.directory.mkdir(parents=True, exist_ok=True)
+    missing = _missing(job, plans, replace)
     # While shards change there must be no manifest that vouches for the old ones.
-    (directory / MANIFEST).unlink(missing_ok=True)
-    _remove_foreign_files(directory, plans)
-    missing = [plan for plan in plans if not is_complete(directory / plan.name, plan, fingerprint)]
-    done = config.count - sum(plan.count for plan in missing)
+    (job.directory / MANIFEST).unlink(missing_ok=True)
+    _remove_strangers(job.directory, plans)
+    done = job.config.count - sum(plan.count for plan in missing)
     if done:
-        log.info("trajectories: %d of %d are there already", done, config.count)
-    with tqdm(total=config.count, initial=done, desc="trajectories", unit="sample", mininterval=1.0) as bar:
-        for plan in missing:
-            labels_N, ids_NL = _make_shard(teacher, config, sampling, seed, plan, bar)
-            write_shard(directory / plan.name, labels_N, ids_NL, fingerprint)
-    write_manifest(directory, settings, plans)
+        log.info("trajectories: %d of %d are there already", done, job.config.count)
+    total, started = Throughput(), time.perf_counter()
+    with tqdm(total=job.config.count, initial=done, desc="trajectories", unit="sample", mininterval=1.0) as bar:
+        for made in mapper(partial(make_shard, job), missing):
+            total += made
+            bar.set_postfix({name: f"{share:.0%}" for name, share in total.shares().items()}, refresh=False)
+            bar.update(made.samples)
+    write_manifest(job.directory, job.settings, plans)
+    elapsed = time.perf_counter() - started
+    return {
+        "samples": total.samples,
+        "samples_per_second": round(total.samples / elapsed, 3) if total.samples else 0.0,
+        "share": total.shares(),
+    }
+
+
+def _missing(job: Job, plans: list[ShardPlan], replace: bool) -> list[ShardPlan]:
+    missing = []
+    for plan in plans:
+        path = job.directory / plan.name
+        try:
+            problem = shard_problem(path, plan, job.settings)
+        except SettingsDiffer as error:
+            if not replace:
+                raise SettingsDiffer(f"{error}. Restore the settings, choose another directory, or replace") from None
+            problem = str(error)
+        if problem:
+            missing.append(plan)
+            if path.exists():
+                log.info("trajectories: making %s again: %s", plan.name, problem)
+    beyond = sorted(set(job.directory.glob("shard-*.safetensors")) - {job.directory / plan.name for plan in plans})
+    if beyond and not replace:
+        raise SettingsDiffer(
+            f"{beyond[0]}: past the {job.config.count} samples asked for ({len(beyond)} such shards); ask for at "
+            "least as many as there are, choose another directory, or replace"
+        )
+    return missing
 
 
 def write_empty(directory: Path, reason: str) -> None:
     """A data set of no trajectories, whose manifest says why."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
-    _remove_foreign_files(directory, [])
+    _remove_strangers(directory, [])
     log.info("trajectories: none (%s)", reason)
     write_manifest(directory, {"empty": reason}, [])
 
 
-def _make_shard(
-    teacher: Teacher, config: TrajectoriesConfig, sampling: SamplingConfig, seed: int, plan: ShardPlan, bar: Any
-) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
-    codebook_VC = teacher.codebook_VC
-    labels, ids = [], []
-    for first in range(plan.first, plan.first + plan.count, config.batch_size):
-        indices_B = np.arange(first, min(first + config.batch_size, plan.first + plan.count), dtype=np.int64)
-        labels_B = trajectory_labels(seed, indices_B, teacher.num_classes)
-        noise_BLC = trajectory_noise(seed, indices_B, (teacher.layout.length, codebook_VC.shape[1]))
-        device = codebook_VC.device
-        pick = flow_picker(teacher.layout, codebook_VC, noise_BLC.to(device), config)
-        ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B).to(device), sampling, pick)
+def make_shard(job: Job, plan: ShardPlan) -> Throughput:
+    """Make one shard and write it."""
+    teacher = job.open_teacher()
+    codebook_VC, length = teacher.codebook_VC, teacher.layout.length
+    device, clock = codebook_VC.device, time.perf_counter
+    total, labels, ids = Throughput(), [], []
+    for first in range(plan.first, plan.first + plan.count, job.config.batch_size):
+        begun = clock()
+        indices_B = np.arange(first, min(first + job.config.batch_size, plan.first + plan.count), dtype=np.int64)
+        labels_B = trajectory_labels(job.seed, indices_B, teacher.num_classes)
+        noise_BLC = trajectory_noise(job.seed, indices_B, (length, codebook_VC.shape[1])).to(device)
+        noise_done, in_map = clock(), 0.0
+        pick = flow_picker(teacher.layout, codebook_VC, noise_BLC, job.config)
+
+        def timed_pick(level: int, log_p_BlV: Tensor, pick: Any = pick) -> Tensor:
+            nonlocal in_map
+            start = clock()
+            chosen: Tensor = pick(level, log_p_BlV)
+            in_map += clock() - start
+            return chosen
+
+        ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B).to(device), job.sampling, timed_pick).cpu()
         labels.append(labels_B.astype(np.uint16))
-        ids.append(ids_BL.cpu().numpy().astype(np.uint16))
-        bar.update(len(indices_B))
-    return np.concatenate(labels), np.concatenate(ids)
+        ids.append(ids_BL.numpy().astype(np.uint16))
+        sampling = clock() - noise_done
+        total += Throughput(len(indices_B), sampling - in_map, in_map, noise_done - begun)
+    begun = clock()
+    write_shard(job.directory / plan.name, np.concatenate(labels), np.concatenate(ids), plan.first, job.settings)
+    return total + Throughput(writing=clock() - begun)
 
 
-def _remove_foreign_files(directory: Path, plans: list[ShardPlan]) -> None:
+def _remove_strangers(directory: Path, plans: list[ShardPlan]) -> None:
     wanted = {plan.name for plan in plans}
     for path in directory.iterdir():
         if path.is_file() and path.name not in wanted:

@@ -1,8 +1,8 @@
 """The trajectory data set on disk: shards of (class, token ids), and a manifest that is written last.
 
 The noise is not stored: it is a function of (seed, sample index), see :mod:`ddops.sampling.noise`.
-A shard is a safetensors file with ``labels`` (n,) and ``ids`` (n, L), both uint16, and a seal: a hash of the settings
-it was made with and of its contents. The same settings give the same bytes.
+A shard is a safetensors file with ``labels`` (n,) and ``ids`` (n, L), both uint16. Its header says the settings it was
+made with, the index of its first sample, and a seal, the hash of all of that. The same settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,17 @@ from safetensors.numpy import save
 
 from ddops.files import atomic_path, sha256_file, sha256_json, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+HEADER = "ddops.trajectories"
 MANIFEST = "manifest.json"
 
 
 class DatasetError(ValueError):
     """A trajectory data set that cannot be used. The message names the file and the way out."""
+
+
+class SettingsDiffer(DatasetError):
+    """Shards made with other settings are in the way: they are neither mixed with nor silently replaced."""
 
 
 @dataclass(frozen=True)
@@ -47,40 +52,86 @@ def plan_shards(count: int, shard_size: int) -> list[ShardPlan]:
     return [ShardPlan(number, first, min(shard_size, count - first)) for number, first in enumerate(firsts)]
 
 
-def write_shard(path: Path, labels_N: NDArray[np.uint16], ids_NL: NDArray[np.uint16], fingerprint: str) -> None:
+class Shard(NamedTuple):
+    """What a shard holds, and says of itself."""
+
+    labels_N: NDArray[np.uint16]
+    ids_NL: NDArray[np.uint16]
+    first: int
+    settings: dict[str, Any]
+    seal: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether the contents are those that were sealed."""
+        return self.seal == _seal(self.settings, self.first, self.labels_N, self.ids_NL)
+
+
+def write_shard(
+    path: Path, labels_N: NDArray[np.uint16], ids_NL: NDArray[np.uint16], first: int, settings: dict[str, Any]
+) -> None:
     """Write one shard atomically."""
-    payload = save({"labels": labels_N, "ids": ids_NL}, metadata={"seal": _seal(fingerprint, labels_N, ids_NL)})
+    seal = _seal(settings, first, labels_N, ids_NL)
+    header = json.dumps({"first": first, "seal": seal, "settings": settings}, sort_keys=True)
+    # One key of metadata: safetensors writes several in any order.
+    payload = save({"labels": labels_N, "ids": ids_NL}, metadata={HEADER: header})
     with atomic_path(path) as temporary:
         temporary.write_bytes(payload)
 
 
-def read_shard(path: Path) -> tuple[NDArray[np.uint16], NDArray[np.uint16], str]:
-    """Labels (n,), token ids (n, L) and the seal.
+def read_shard(path: Path) -> Shard:
+    """Everything in a shard.
 
     Raises:
         DatasetError: missing, truncated or not a shard.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            seal = (file.metadata() or {}).get("seal", "")
-            return file.get_tensor("labels"), file.get_tensor("ids"), seal
-    except (SafetensorError, OSError) as error:
-        raise DatasetError(f"{path}: not a readable shard ({error}); delete it and generate again") from error
+            header = json.loads((file.metadata() or {})[HEADER])
+            tensors = file.get_tensor("labels"), file.get_tensor("ids")
+            return Shard(*tensors, header["first"], header["settings"], header["seal"])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise DatasetError(f"{path}: not a readable shard ({error!r}); generate again, it alone is replaced") from error
 
 
-def is_complete(path: Path, plan: ShardPlan, fingerprint: str) -> bool:
-    """Whether a shard is there, whole, unaltered and made with these settings."""
+def shard_problem(path: Path, plan: ShardPlan, settings: dict[str, Any]) -> str | None:
+    """Why a file is not the shard that the plan wants; None where it is.
+
+    Raises:
+        SettingsDiffer: it is whole, but was made with other settings.
+    """
     if not path.exists():
-        return False
+        return "missing"
     try:
-        labels_N, ids_NL, seal = read_shard(path)
+        shard = read_shard(path)
     except DatasetError:
-        return False
-    return seal == _seal(fingerprint, labels_N, ids_NL) and len(labels_N) == plan.count
+        return "damaged or truncated"
+    if not shard.whole:
+        return "altered since it was written"
+    if different := differences(shard.settings, settings):
+        raise SettingsDiffer(f"{path}: made with other settings: {different}")
+    if (shard.first, len(shard.labels_N)) != (plan.first, plan.count):
+        return (
+            f"holds samples from {shard.first} on, {len(shard.labels_N)} of them, not {plan.count} from {plan.first} on"
+        )
+    return None
 
 
-def _seal(fingerprint: str, labels_N: NDArray[np.uint16], ids_NL: NDArray[np.uint16]) -> str:
-    return hashlib.sha256(fingerprint.encode() + labels_N.tobytes() + ids_NL.tobytes()).hexdigest()
+def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
+    """The keys whose values differ, as ``key found, wanted wanted``; empty where none does."""
+    parts = []
+    for key in sorted(found.keys() | wanted.keys()):
+        was, now = found.get(key), wanted.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            parts.append(differences(was, now, f"{prefix}{key}."))
+        elif was != now:
+            parts.append(f"{prefix}{key} {was}, now {now}")
+    return "; ".join(filter(None, parts))
+
+
+def _seal(settings: dict[str, Any], first: int, labels_N: NDArray[np.uint16], ids_NL: NDArray[np.uint16]) -> str:
+    head = json.dumps([settings, first], sort_keys=True).encode()
+    return hashlib.sha256(head + labels_N.tobytes() + ids_NL.tobytes()).hexdigest()
 
 
 def write_manifest(directory: Path, settings: dict[str, Any], plans: list[ShardPlan]) -> None:

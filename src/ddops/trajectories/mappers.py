@@ -1,0 +1,76 @@
+"""Where shards are made: in this process, in several, or on a Dask cluster of machines. The bytes are the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from ddops.trajectories.shards import DatasetError, ShardPlan
+
+Made = TypeVar("Made")
+Mapper = Callable[[Callable[[ShardPlan], Any], Sequence[ShardPlan]], Iterator[Any]]
+"""Applies a function to every plan and yields the results in any order. The function may travel to other processes."""
+
+
+def in_this_process(make: Callable[[ShardPlan], Made], plans: Sequence[ShardPlan]) -> Iterator[Made]:
+    """One after the other."""
+    return map(make, plans)
+
+
+def _with_threads(threads: int, make: Callable[[ShardPlan], Made], plan: ShardPlan) -> Made:
+    """As many threads as the process that asked, because rounding depends on it."""
+    torch.set_num_threads(threads)
+    return make(plan)
+
+
+def _take_a_device(started: Any) -> None:
+    """The n-th process of a pool computes on the n-th GPU, where there are any."""
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+def processes(count: int) -> Mapper:
+    """``count`` processes of this machine, spread over its GPUs where it has any."""
+
+    def mapper(make: Callable[[ShardPlan], Made], plans: Sequence[ShardPlan]) -> Iterator[Made]:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, context, _take_a_device, (context.Value("i", 0),)) as pool:
+            yield from pool.map(partial(_with_threads, torch.get_num_threads(), make), plans)
+
+    return mapper
+
+
+def dask(address: str | None = None, workers: int = 2) -> Mapper:
+    """A Dask cluster: the one whose scheduler is at ``address``, else a local one of worker processes.
+
+    A shard whose worker dies is made by another. The workers of a cluster must see the same paths.
+
+    Raises:
+        DatasetError: ``distributed`` is not installed (the extra ``dask``).
+    """
+    try:
+        from distributed import Client, LocalCluster, as_completed
+    except ImportError:
+        raise DatasetError("Dask is not installed: pip install 'ddops[dask]'") from None
+
+    def mapper(make: Callable[[ShardPlan], Made], plans: Sequence[ShardPlan]) -> Iterator[Made]:
+        with ExitStack() as stack:
+            cluster: Any = address or stack.enter_context(
+                LocalCluster(n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None)
+            )
+            client = stack.enter_context(Client(cluster))
+            make_alike = partial(_with_threads, torch.get_num_threads(), make)
+            # Not pure: a shard that was deleted meanwhile must be made, not taken from the scheduler's memory.
+            for future in as_completed(client.map(make_alike, plans, pure=False)):
+                yield future.result()
+
+    return mapper
