@@ -16,7 +16,7 @@ from ddops.models.interface import StudentOutput
 from ddops.models.llamagen import LlamaGenTeacher, fit_linear
 from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.models.var_student import VARStudent
-from ddops.sampling.few_step import final_sequence, predict, renoise, sample_student
+from ddops.sampling.few_step import final_sequence, needs_logits, renoise, sample_student
 from llamagen_helpers import LENGTH, SMALL, TINY, golden_student, golden_teacher, random_tokens, randomised
 from var_helpers import TINY as TINY_VAR
 from var_helpers import TOLERANCE, golden, with_prefix
@@ -54,19 +54,22 @@ def test_both_heads_at_each_start() -> None:
 
 
 @torch.no_grad()
-def test_renoise_predict_and_final_sequence() -> None:
+def test_renoise_both_heads_and_final_sequence() -> None:
     layout, codebook_VC = golden_student().layout, data()["in.codebook"]
     torch.testing.assert_close(golden_teacher().codebook_VC, codebook_VC)
     x_BLC = renoise(F.embedding(data()["in.data_idx"], codebook_VC), data()["in.noise_fp"], starts(), layout)
     torch.testing.assert_close(x_BLC, data()["out.perturbed"], **TOLERANCE)
 
-    prediction = predict(golden_student(), x_BLC, data()["in.cond_idx"], starts())
-    asked_BL = ~layout.given_mask(starts())
-    torch.testing.assert_close(prediction.embeddings_BLC, data()["out.fp_tokens"], **TOLERANCE)
-    torch.testing.assert_close(prediction.logits_BLV[asked_BL], data()["out.fp_logits"][asked_BL], **TOLERANCE)
-    for split in (0, SPLIT, LENGTH):
-        sequence_BLC = final_sequence(prediction, codebook_VC, starts(), split, layout)
-        torch.testing.assert_close(sequence_BLC, data()[f"out.final_x_split{split}"], **TOLERANCE)
+    for row, start in enumerate(starts().tolist()):
+        one = slice(row, row + 1)
+        for split in (0, SPLIT, LENGTH):
+            coded = needs_logits(start, split, layout)
+            output = golden_student()(x_BLC[one], data()["in.cond_idx"][one], starts()[one], coded)
+            expected_1LC, expected_1LV = data()["out.fp_tokens"][one], data()["out.fp_logits"][one]
+            torch.testing.assert_close(output.embeddings_BLC[:, start:], expected_1LC[:, start:], **TOLERANCE)
+            torch.testing.assert_close(output.logits_BLV, expected_1LV[:, coded], **TOLERANCE)
+            sequence_BLC = final_sequence(x_BLC[one], output, codebook_VC, start, split, layout)
+            torch.testing.assert_close(sequence_BLC, data()[f"out.final_x_split{split}"][one], **TOLERANCE)
 
 
 @torch.no_grad()
@@ -93,12 +96,12 @@ def test_each_step_of_two() -> None:
         start_B = torch.full_like(labels_B, start)
         x_BLC = renoise(x_BLC, noise_BLC, start_B, layout)
         torch.testing.assert_close(x_BLC, data()[f"out.step2.x_in_{step}"], **TOLERANCE)
-        prediction: StudentOutput = predict(student, x_BLC, labels_B, start_B)
-        torch.testing.assert_close(prediction.embeddings_BLC, data()[f"out.step2.fp_tokens_{step}"], **TOLERANCE)
-        torch.testing.assert_close(
-            prediction.logits_BLV[:, start:], data()[f"out.step2.fp_logits_{step}"][:, start:], **TOLERANCE
-        )
-        x_BLC = final_sequence(prediction, data()["in.codebook"], start_B, SPLIT, layout)
+        coded = needs_logits(start, SPLIT, layout)
+        output: StudentOutput = student(x_BLC, labels_B, start_B, coded)
+        expected_BLC, expected_BLV = data()[f"out.step2.fp_tokens_{step}"], data()[f"out.step2.fp_logits_{step}"]
+        torch.testing.assert_close(output.embeddings_BLC[:, start:], expected_BLC[:, start:], **TOLERANCE)
+        torch.testing.assert_close(output.logits_BLV, expected_BLV[:, coded], **TOLERANCE)
+        x_BLC = final_sequence(x_BLC, output, data()["in.codebook"], start, SPLIT, layout)
         torch.testing.assert_close(x_BLC, data()[f"out.step2.seq_{step}"], **TOLERANCE)
 
 

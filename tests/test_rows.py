@@ -112,8 +112,8 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.layout, self.ids_BL, self.codebook_VC = teacher.layout, ids_BL, teacher.codebook_VC
 
-    def forward(self, x_BLC, labels_B, start_B):
-        logits_BLV = F.one_hot(self.ids_BL, len(self.codebook_VC)).float()
+    def forward(self, x_BLC, labels_B, start_B, logits_at=slice(None)):
+        logits_BLV = F.one_hot(self.ids_BL[:, logits_at], len(self.codebook_VC)).float()
         return StudentOutput(logits_BLV, F.embedding(self.ids_BL, self.codebook_VC))
 
 

@@ -98,16 +98,20 @@ class PairsSession(TeacherSession):
 
 
 class PairsStudent(Student):
+    head_modules = ("heads",)
+
     def __init__(self, config: PairsConfig) -> None:
         super().__init__()
         self.layout = LevelLayout(config.level_sizes)
         self.num_classes = config.num_classes
         self.heads = nn.Linear(config.code_dim, config.codebook_size + config.code_dim)
 
-    def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
+    def forward(
+        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+    ) -> StudentOutput:
         code_dim = x_BLC.shape[-1]
         out_BLX = self.heads(x_BLC)
-        return StudentOutput(out_BLX[..., :-code_dim], out_BLX[..., -code_dim:])
+        return StudentOutput(out_BLX[:, logits_at, :-code_dim], out_BLX[..., -code_dim:])
 
     def init_from_teacher(self, teacher: Teacher) -> None:
         pass

@@ -12,12 +12,11 @@ from torch import Tensor
 from ddops.models.checkpoints_tokenizers import var_tokenizer_state
 from ddops.models.checkpoints_var import var_student_state
 from ddops.models.errors import CheckpointError
-from ddops.models.interface import StudentOutput
 from ddops.models.layout import LevelLayout
 from ddops.models.var import VARTeacher
 from ddops.models.var_student import VARStudent
 from ddops.models.var_tokenizer import VARTokenizer
-from ddops.sampling.few_step import final_sequence, predict, renoise, sample_student
+from ddops.sampling.few_step import final_sequence, needs_logits, renoise, sample_student
 from var_helpers import NUM_LEVELS, TINY, TOLERANCE, codebook, golden, with_prefix
 
 SMALL = replace(TINY, width=32, depth=2, heads=2, patch_sizes=(1, 2, 4))
@@ -71,23 +70,18 @@ def test_renoise() -> None:
 
 
 @torch.no_grad()
-def golden_prediction() -> StudentOutput:
-    return predict(golden_student(), data()["out.fp_input"], data()["in.label_B"], starts())
-
-
-def test_predict() -> None:
-    prediction = golden_prediction()
-    generated_BL = ~golden_student().layout.given_mask(starts())
-    torch.testing.assert_close(prediction.embeddings_BLC, data()["out.fp_conti"], **TOLERANCE)
-    torch.testing.assert_close(prediction.logits_BLV[generated_BL], data()["out.fp_logits"][generated_BL], **TOLERANCE)
-
-
 @pytest.mark.parametrize("logit_prefix", [0, 2, 3])
-def test_final_sequence(logit_prefix: int) -> None:
-    sequence_BLC = final_sequence(
-        golden_prediction(), codebook(data()), starts(), logit_prefix, golden_student().layout
-    )
-    torch.testing.assert_close(sequence_BLC, data()[f"out.final_seq_split{logit_prefix}"], **TOLERANCE)
+def test_both_heads_and_final_sequence(logit_prefix: int) -> None:
+    layout = golden_student().layout
+    for row, start in enumerate(starts().tolist()):
+        one, coded, given = slice(row, row + 1), needs_logits(start, logit_prefix, layout), layout.offsets[start]
+        x_1LC = data()["out.fp_input"][one]
+        output = golden_student()(x_1LC, data()["in.label_B"][one], starts()[one], coded)
+        expected_1LC = data()["out.fp_conti"][one]
+        torch.testing.assert_close(output.embeddings_BLC[:, given:], expected_1LC[:, given:], **TOLERANCE)
+        torch.testing.assert_close(output.logits_BLV, data()["out.fp_logits"][one][:, coded], **TOLERANCE)
+        sequence_1LC = final_sequence(x_1LC, output, codebook(data()), start, logit_prefix, layout)
+        torch.testing.assert_close(sequence_1LC, data()[f"out.final_seq_split{logit_prefix}"][one], **TOLERANCE)
 
 
 @pytest.mark.parametrize(("start_positions", "name"), [((0,), "step1"), ((0, 2), "step2")])
@@ -108,13 +102,14 @@ def test_second_step_input() -> None:
 
 
 def test_given_positions_keep_values_that_are_no_codes() -> None:
-    layout, start_B = LevelLayout(SMALL.level_sizes), torch.tensor([0, 1, 3])
-    x_BLC, codes_VC = torch.randn(3, layout.length, 8), torch.randn(64, 8)
-    prediction = predict(random_student(), x_BLC, torch.tensor([1, 2, 3]), start_B)
-    sequence_BLC = final_sequence(prediction, codes_VC, start_B, 3, layout)
-    given_BL = layout.given_mask(start_B)
-    assert torch.equal(sequence_BLC[given_BL], x_BLC[given_BL])
-    assert torch.equal(sequence_BLC[~given_BL], codes_VC[prediction.logits_BLV.argmax(-1)][~given_BL])
+    layout = LevelLayout(SMALL.level_sizes)
+    x_BLC, codes_VC, labels_B = torch.randn(3, layout.length, 8), torch.randn(64, 8), torch.tensor([1, 2, 3])
+    for start in range(layout.num_levels + 1):
+        given, coded = layout.offsets[start], needs_logits(start, 3, layout)
+        output = random_student()(x_BLC, labels_B, torch.full_like(labels_B, start), coded)
+        sequence_BLC = final_sequence(x_BLC, output, codes_VC, start, 3, layout)
+        assert torch.equal(sequence_BLC[:, :given], x_BLC[:, :given])
+        assert torch.equal(sequence_BLC[:, given:], codes_VC[output.logits_BLV.argmax(-1)])
 
 
 @pytest.mark.parametrize(

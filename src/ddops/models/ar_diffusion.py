@@ -131,6 +131,8 @@ class ARDiffusionGenerator(Student):
     nearest code is the likeliest.
     """
 
+    head_modules = ("model.head",)
+
     def __init__(self, model: ARDiffusion) -> None:
         super().__init__()
         if model.head is None:
@@ -140,12 +142,14 @@ class ARDiffusionGenerator(Student):
         self.num_classes = model.backbone.num_classes
         self.prefix_layer = model.backbone.prefix_layer()
 
-    def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
+    def forward(
+        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+    ) -> StudentOutput:
         """See :meth:`Student.forward`. What is data and what is noise shows from the values alone."""
         backbone = self.model.backbone
         hidden_BLD = backbone.hidden(labels_B, self.prefix_layer(backbone.prefix_inputs(x_BLC)))
         embeddings_BLC = self.model.mean(x_BLC, torch.zeros_like(x_BLC[..., 0]), hidden_BLD)
-        return StudentOutput(nearest_logits(embeddings_BLC, self.model.codebook_VC), embeddings_BLC)
+        return StudentOutput(nearest_logits(embeddings_BLC[:, logits_at], self.model.codebook_VC), embeddings_BLC)
 
     def init_from_teacher(self, teacher: Teacher) -> None:
         """Raises TypeError: it starts from an AR-diffusion model, which started from the teacher."""

@@ -7,7 +7,7 @@ C embedding width, D transformer width, S levels; images are (B, I, H, W) with I
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,7 @@ class StudentOutput(NamedTuple):
     """The two heads of a DD1 student."""
 
     logits_BLV: Tensor
+    """L stands for the positions that were asked for."""
     embeddings_BLC: Tensor
 
 
@@ -149,10 +150,14 @@ class Student(nn.Module, ABC):
 
     layout: LevelLayout
     num_classes: int
+    head_modules: ClassVar[tuple[str, ...]]
+    """Names of the submodules between the last hidden state and the outputs. Mixed precision leaves them whole."""
 
     @abstractmethod
-    def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
-        """Both heads at every position.
+    def forward(
+        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+    ) -> StudentOutput:
+        """Embeddings at every position and logits at the positions ``logits_at``: they cost most where V is large.
 
         ``x_BLC`` holds each position's own value (an embedding where given, standard normal noise elsewhere);
         ``start_B`` (int64) counts the leading levels that are given, 0..S. Position i sees the condition,

@@ -38,6 +38,8 @@ class EmbeddingHead(nn.Module):
 class LlamaGenStudent(Student):
     """See :class:`Student`. Every token is a level, so ``start_B`` counts tokens."""
 
+    head_modules = ("norm", "head", "embedding_head")
+
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
@@ -52,7 +54,9 @@ class LlamaGenStudent(Student):
         self.embedding_head = EmbeddingHead(config.width, config.code_dim)
         self.apply(init_weights)
 
-    def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
+    def forward(
+        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+    ) -> StudentOutput:
         """See :meth:`Student.forward`. Both outputs are float32."""
         class_B1D = self.class_embedding(labels_B)[:, None]
         h_BTD = torch.cat([class_B1D, self.input_proj(x_BLC)], dim=1)
@@ -60,7 +64,7 @@ class LlamaGenStudent(Student):
         is_data_BT = torch.arange(h_BTD.shape[1], device=x_BLC.device) <= start_B[:, None]
         h_BTD = self.trunk(h_BTD + self.noise_data_embedding(torch.where(is_data_BT, DATA, NOISE)))
         h_BLD = h_BTD[:, 1:]
-        logits_BLV: Tensor = self.head(self.norm(h_BLD))
+        logits_BLV: Tensor = self.head(self.norm(h_BLD[:, logits_at]))
         return StudentOutput(logits_BLV.float(), self.embedding_head(h_BLD, class_B1D))
 
     @torch.no_grad()

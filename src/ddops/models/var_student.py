@@ -39,6 +39,8 @@ class VARStudent(Student):
     before the heads, each time but the first through a linear layer.
     """
 
+    head_modules = ("transformer.head_norm", "transformer.head", "regression_head")
+
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.config = config
@@ -51,7 +53,9 @@ class VARStudent(Student):
         """One a block, then the heads'. They start at zero, and learn at once since the embedding does not."""
         self.regression_head = RegressionHead(config)
 
-    def forward(self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
+    def forward(
+        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+    ) -> StudentOutput:
         """See :meth:`Student.forward`. Both outputs are float32."""
         transformer = self.transformer
         is_data_BP = F.pad(self.layout.given_mask(start_B).long(), (1, 0), value=1)
@@ -63,7 +67,7 @@ class VARStudent(Student):
         for block, vectors_B16D, layer in zip(transformer.blocks, vectors.blocks, block_linears, strict=True):
             x_BPD = block(x_BPD, vectors_B16D, mask_PP, between_BlD=self._noise_data_term(layer, is_data_BP))
         x_BLD = (x_BPD + self._noise_data_term(head_linear, is_data_BP))[:, 1:]
-        return StudentOutput(transformer.predict(x_BLD, vectors), self.regression_head(x_BLD, cond_BD))
+        return StudentOutput(transformer.predict(x_BLD[:, logits_at], vectors), self.regression_head(x_BLD, cond_BD))
 
     def _noise_data_term(self, layer: nn.Module, is_data_BP: Tensor) -> Tensor:
         """The linear layer is applied to the table's two rows, before they are spread over the positions."""

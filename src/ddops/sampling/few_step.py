@@ -22,28 +22,26 @@ def renoise(x_BLC: Tensor, noise_BLC: Tensor, start_B: Tensor, layout: LevelLayo
     return torch.where(layout.given_mask(start_B)[..., None], x_BLC, noise_BLC)
 
 
-def predict(student: Student, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> StudentOutput:
-    """The student's heads, with ``x_BLC`` itself for the embeddings of given positions.
-
-    The logits of given positions are the head's and mean nothing: nothing was asked there.
-    """
-    output = student(x_BLC, labels_B, start_B)
-    given_BL1 = student.layout.given_mask(start_B)[..., None]
-    return StudentOutput(output.logits_BLV, torch.where(given_BL1, x_BLC, output.embeddings_BLC))
+def needs_logits(start: int, logit_prefix: int, layout: LevelLayout) -> slice:
+    """The positions whose tokens come from the logits in a step from ``start``; empty where there are none."""
+    given = layout.offsets[start]
+    return slice(given, max(given, layout.offsets[logit_prefix]))
 
 
 def final_sequence(
-    prediction: StudentOutput, codebook_VC: Tensor, start_B: Tensor, logit_prefix: int, layout: LevelLayout
+    x_BLC: Tensor, output: StudentOutput, codebook_VC: Tensor, start: int, logit_prefix: int, layout: LevelLayout
 ) -> Tensor:
-    """The sequence (B, L, C) that a prediction stands for.
+    """The sequence (B, L, C) after a step from ``start``.
 
-    Predicted positions of the first ``logit_prefix`` levels take the code of the largest logit, later ones the
-    regressed embedding. Given positions keep their value, whichever it was, and are not looked up in the codebook.
+    Given positions keep their value from ``x_BLC``, whichever it was. Of the predicted ones, those in the first
+    ``logit_prefix`` levels take the code of the largest logit (``output`` holds the logits of just these positions),
+    later ones the regressed embedding.
     """
-    prefix_L = layout.level_of_position(start_B.device) < logit_prefix
-    from_logits_BL = prefix_L & ~layout.given_mask(start_B)
-    codes_BLC = F.embedding(prediction.logits_BLV.argmax(-1), codebook_VC)
-    return torch.where(from_logits_BL[..., None], codes_BLC, prediction.embeddings_BLC)
+    coded = needs_logits(start, logit_prefix, layout)
+    parts = [x_BLC[:, : coded.start], output.embeddings_BLC[:, coded.stop :]]
+    if coded.start < coded.stop:
+        parts.insert(1, F.embedding(output.logits_BLV.argmax(-1), codebook_VC))
+    return torch.cat([part_BlC for part_BlC in parts if part_BlC.shape[1]], dim=1)
 
 
 def sample_student(
@@ -64,8 +62,8 @@ def sample_student(
     for start in start_positions:
         start_B = torch.full_like(labels_B, start)
         x_BLC = renoise(x_BLC, noise_BLC, start_B, student.layout)
-        prediction = predict(student, x_BLC, labels_B, start_B)
-        x_BLC = final_sequence(prediction, codebook_VC, start_B, logit_prefix, student.layout)
+        output = student(x_BLC, labels_B, start_B, needs_logits(start, logit_prefix, student.layout))
+        x_BLC = final_sequence(x_BLC, output, codebook_VC, start, logit_prefix, student.layout)
     return x_BLC
 
 

@@ -7,17 +7,20 @@ IEEE additions, multiplications, divisions and square roots are used, each its o
 mathematical library and no fused multiply-add can change a bit.
 
 ``NOISE_VERSION`` names this construction; data made from the noise records it.
+
+This file needs NumPy alone (torch is loaded by :func:`normals` only): a server without PyTorch draws the same noise.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NOISE_VERSION: Final = "philox4x32-10/as241/1"
 
@@ -84,9 +87,15 @@ def uniforms(seed: int, stream: int, indices_N: NDArray[np.int64], count: int) -
 
 def normals(seed: int, stream: int, indices_N: NDArray[np.int64], shape: tuple[int, ...]) -> Tensor:
     """Standard normals, float32 of shape (N, *shape), one row a sample index."""
-    count = int(np.prod(shape))
-    values = _normal_quantile(uniforms(seed, stream, indices_N, count))
-    return torch.from_numpy(values.astype(np.float32)).reshape(len(indices_N), *shape)
+    import torch
+
+    return torch.from_numpy(normals_array(seed, stream, indices_N, shape))
+
+
+def normals_array(seed: int, stream: int, indices_N: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """As :func:`normals`, in NumPy."""
+    values = _normal_quantile(uniforms(seed, stream, indices_N, int(np.prod(shape))))
+    return values.astype(np.float32).reshape(len(indices_N), *shape)
 
 
 def integers(seed: int, stream: int, indices_N: NDArray[np.int64], count: int, high: int) -> NDArray[np.int64]:
