@@ -33,7 +33,13 @@ prefect: $(READY)
 prefect-worker: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.worker
 
-test: $(READY)
+# Triton's server comes with a wheel that needs numpy<2: an environment of its own, for one test.
+.venv-triton/.ready:
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet nvidia-pytriton==0.7.0 'onnxruntime>=1.22,<2'
+	@touch $@
+
+test: $(READY) .venv-triton/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
 
 test-fast: $(READY)

@@ -1,6 +1,15 @@
 """Shared by all tests."""
 
+import pytest
 import torch
 
 # Two threads on tiny tensors cost more than they give, and far more when the machine is busy.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    """A bundle of a tiny one-step student. Not to be changed."""
+    from tiny_bundle import make_bundle  # loads ONNX, which few tests need
+
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")

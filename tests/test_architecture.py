@@ -24,6 +24,7 @@ STAGES = DVC["stages"]
 MAY_IMPORT = {
     "files": set(),
     "torchvision_compat": set(),
+    "class_names": {"torchvision_compat"},
     "data": set(),
     "config": set(),
     "flow": {"config"},
@@ -36,23 +37,18 @@ MAY_IMPORT = {
     "pretrain": {"config", "data", "models", "training"},
     "distill": {"config", "models", "flow", "sampling", "losses", "training", "trajectories"},
     "evaluation": {"config", "files", "models", "flow", "sampling", "torchvision_compat"},
-    "export": {"config", "files", "models", "sampling"},
+    "export": {"class_names", "config", "files", "models", "sampling"},
+    "inference": {"class_names", "config", "files", "models", "sampling", "export"},
+    "serving": {"class_names", "config", "files", "export", "inference"},
     "stages": {
         *("config", "files", "data", "models", "hub", "sampling", "losses", "training", "trajectories"),
         *("pretrain", "distill", "evaluation", "export"),
     },
     "commands": {
-        "config",
-        "files",
-        "models",
-        "hub",
-        "sampling",
-        "trajectories",
-        "evaluation",
-        "stages",
-        "torchvision_compat",
+        *("class_names", "config", "files", "models", "hub", "sampling", "trajectories"),
+        *("evaluation", "export", "serving", "stages"),
     },
-    "cli": {"config", "models", "commands"},
+    "cli": {"config", "models", "export", "commands"},
 }
 """The whole rule. A line imports from lines above it and from nothing else; a new part of ddops needs a line."""
 
@@ -61,7 +57,7 @@ ONLY_HERE = {
     "hydra": {"config/load.py"},
     "torch_fidelity": {"evaluation/fid.py"},
     "lpips": {"losses/perceptual.py"},
-    "torchvision": {"commands/classes.py"},
+    "torchvision": {"class_names.py"},
     "distributed": {"trajectories/mappers.py"},
     "dvc": set(),
     "prefect": set(),

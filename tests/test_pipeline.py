@@ -46,6 +46,8 @@ def environment(workspace):
         "DVC_SYSTEM_CONFIG_DIR": str(private),
         "DVC_SITE_CACHE_DIR": str(private),
         "GIT_CONFIG_GLOBAL": os.devnull,
+        # The commit's hash is in the exported model, which must not depend on the time of day.
+        **dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "2026-01-01T00:00:00Z"),
         **{f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "HTTP", "HTTPS")},
     }
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from ddops.class_names import imagenet_names
 from ddops.cli import main
 from ddops.commands import estimates
 from ddops.commands.arguments import CommandError, load_preset
-from ddops.commands.classes import imagenet_names, parse_classes
+from ddops.commands.classes import parse_classes
 from ddops.config.models import VARConfig
 from ddops.config.stages import Config, DownloadedTeacherConfig, ReleasedDD1Config
 from ddops.hub.records import HubRecords

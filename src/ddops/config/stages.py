@@ -246,10 +246,43 @@ class ExportConfig:
     student: Literal["dd1", "dd2"]
     steps: PositiveInt
     opset: Literal[18, 20]
-    tolerance: PositiveFloat
-    """Largest absolute difference of a pixel in [-1, 1] between PyTorch and ONNX Runtime."""
+    precision: Literal["float32", "float16"]
+    """Of the matrix products and convolutions, heads and last layers excepted."""
+    tolerance: PositiveFloat | None
+    """Largest absolute difference of a pixel in [-1, 1] between PyTorch and ONNX Runtime; null asks for none, for
+    half precision, where a token that flips moves many pixels."""
+    min_psnr: PositiveFloat
+    """In decibels, of the exported model's images against PyTorch's."""
+    min_equal_tokens: Fraction
+    """Share of the tokens decided by an argmax that must be PyTorch's."""
     parity_count: PositiveInt
     parity_seed: NonNegativeInt
+    license: Annotated[str, Field(min_length=1)]
+    """Of the weights; goes into the model's metadata."""
+
+
+@config
+class ProfileConfig:
+    """Batch sizes that an engine is built for: it runs no other, and is fastest at ``opt``."""
+
+    min: PositiveInt
+    opt: PositiveInt
+    max: PositiveInt
+
+    def __post_init__(self) -> None:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"min {self.min}, opt {self.opt} and max {self.max} must not decrease")
+
+
+@config
+class EngineConfig:
+    """TensorRT engines to be built from the exported graph."""
+
+    flavour: Literal["tensorrt", "tensorrt_rtx"]
+    """``tensorrt`` builds on the GPU it is for; ``tensorrt_rtx`` for any that it knows, on any machine."""
+    targets: tuple[Annotated[str, Field(pattern=r"^(portable|current|\d+)$")], ...]
+    """Compute capabilities such as "89", "portable" for all, "current" for this machine's GPU. None: no engine."""
+    profile: ProfileConfig
 
 
 @config
@@ -268,6 +301,7 @@ class Config:
     evaluate: EvaluateConfig
     gate: GateConfig
     export: ExportConfig
+    engine: EngineConfig
 
     def __post_init__(self) -> None:
         levels = len(self.teacher.model.level_sizes)

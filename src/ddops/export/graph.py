@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ddops.models.interface import Student, Teacher
+from ddops.models.interface import Student, Tokenizer
 from ddops.sampling.few_step import sample_student
-
-INPUT_NAMES = ("noise", "class_label")
-OUTPUT_NAME = "images"
 
 
 class OneStepGraph(nn.Module):
     """Student and image decoder as one module: ``(noise_BLC, class_label_B) -> images_BIHW`` clamped to [-1, 1]."""
 
-    def __init__(self, student: Student, teacher: Teacher, start_positions: tuple[int, ...], logit_prefix: int) -> None:
+    def __init__(
+        self, student: Student, tokenizer: Tokenizer, start_positions: tuple[int, ...], logit_prefix: int
+    ) -> None:
         super().__init__()
         self.student = student
-        self.tokenizer = teacher.tokenizer
+        self.tokenizer = tokenizer
         self.start_positions = start_positions
         self.logit_prefix = logit_prefix
-        self.register_buffer("codebook_VC", teacher.codebook_VC.detach().clone())
+        self.register_buffer("codebook_VC", tokenizer.codebook_VC.detach().clone())
         self.codebook_VC: Tensor
+
+    @property
+    def whole_modules(self) -> tuple[str, ...]:
+        """Modules that mixed precision leaves in float32: the student's heads, the decoder's last layers."""
+        heads = (f"student.{name}" for name in self.student.head_modules)
+        return (*heads, "tokenizer.decoder.norm_out", "tokenizer.decoder.conv_out")
 
     def forward(self, noise_BLC: Tensor, class_label_B: Tensor) -> Tensor:
         """Images (B, I, H, W) in [-1, 1]."""

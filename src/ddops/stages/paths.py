@@ -13,6 +13,7 @@ AR_DIFFUSION = Path("artifacts/ar_diffusion/model.safetensors")
 DD2_GENERATOR = Path("artifacts/dd2/generator.safetensors")
 SAMPLES = Path("data/samples")
 ONNX_BUNDLE = Path("artifacts/onnx")
+BUNDLE = Path("artifacts/bundle")
 
 REPORTS = Path("reports")
 CURVES = REPORTS / "curves"
@@ -24,6 +25,7 @@ GATE_DECISION = REPORTS / "gate.json"
 TRAJECTORIES_THROUGHPUT = REPORTS / "trajectories_throughput.json"
 """A metric of the last run that made any. No stage's output: it says how fast, not what, and differs every time."""
 EXPORT_METRICS = REPORTS / "export.json"
+ENGINE_METRICS = REPORTS / "engines.json"
 REPORT = REPORTS / "index.html"
 
 STATE = Path(".ddops/state")

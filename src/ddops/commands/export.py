@@ -1,0 +1,91 @@
+"""``ddops export`` and ``ddops engine``: from a student to a verified bundle, and engines into it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from ddops.commands.arguments import CommandError, Subparsers, add_params
+from ddops.commands.workspace import find_workspace
+
+
+def register(commands: Subparsers) -> None:
+    """Declare the arguments."""
+    exporting = commands.add_parser(
+        "export",
+        help="a student as a bundle: weights, ONNX graph, manifest, and engines where they are asked for",
+        description="Export a student that was trained here or released: `ddops export released_dd1_var_d16 --output "
+        "bundle --precision float16 --target 89`. No gate is asked; the pipeline (dvc repro) asks its own.",
+    )
+    exporting.add_argument("model", help="a preset, a workspace, or a directory that ddops fetch wrote")
+    exporting.add_argument("--output", type=Path, required=True, metavar="DIR")
+    exporting.add_argument("--steps", type=int, help="passes of the graph; default: export.steps")
+    exporting.add_argument("--precision", choices=["float32", "float16"], help="default: export.precision")
+    _add_engine_arguments(exporting, required=False)
+    add_params(exporting)
+    exporting.set_defaults(run=run_export)
+
+    building = commands.add_parser(
+        "engine",
+        help="build TensorRT engines into a bundle",
+        description="`ddops engine bundle --target 89 --target portable`. Needs ddops[rtx] or ddops[gpu].",
+    )
+    building.add_argument("bundle", type=Path)
+    _add_engine_arguments(building, required=True)
+    building.set_defaults(run=run_engine)
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--target", action="append", default=[], required=required, help='"89", "portable", "current"; may be repeated'
+    )
+    parser.add_argument("--flavour", choices=["tensorrt", "tensorrt_rtx"], default="tensorrt_rtx")
+    parser.add_argument("--max-batch", type=int, default=64, metavar="N", help="largest batch of the engines")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Write the bundle."""
+    workspace = find_workspace(arguments.model, arguments.params)
+    config, export = workspace.config, workspace.config.export
+    if not workspace.student.is_file():
+        raise CommandError(f"{workspace.student}: missing; run dvc repro distill_dd1")
+    most = len(config.dd1.start_positions)
+    steps = arguments.steps or export.steps
+    if not 1 <= steps <= most:
+        raise CommandError(f"--steps {steps}: dd1.start_positions {config.dd1.start_positions} allow 1 to {most}")
+    export = replace(export, steps=steps)
+    if arguments.precision == "float16" and export.precision != "float16":
+        # A token that flips moves many pixels: what bounds single pixels in float32 says nothing here.
+        export = replace(export, precision="float16", tolerance=None, min_psnr=30.0, min_equal_tokens=0.95)
+
+    from ddops.export.bundle import Sources, write_bundle
+    from ddops.export.provenance import provenance
+
+    sources = Sources(workspace.student, workspace.tokenizer, config.dd1.start_positions, config.dd1.logit_prefix)
+    facts = provenance(config.preset, export, workspace.student, workspace.root / "dvc.lock")
+    parity = write_bundle(arguments.output, sources, export, facts)
+    print(
+        f"{arguments.output}: {config.preset}, {steps} step{'s' if steps > 1 else ''}, {export.precision}; against "
+        f"PyTorch: largest difference {parity.largest:.2g}, PSNR {parity.psnr:.0f} dB, "
+        f"equal tokens {parity.equal_tokens:.1%}"
+    )
+    _build(arguments.output, arguments)
+
+
+def run_engine(arguments: argparse.Namespace) -> None:
+    """Build the engines."""
+    _build(arguments.bundle, arguments)
+
+
+def _build(bundle: Path, arguments: argparse.Namespace) -> None:
+    from ddops.config.stages import EngineConfig, ProfileConfig
+    from ddops.export.engines import build_engines
+    from ddops.export.progress import phase_bar
+
+    profile = ProfileConfig(min=1, opt=min(8, arguments.max_batch), max=arguments.max_batch)
+    config = EngineConfig(flavour=arguments.flavour, targets=tuple(arguments.target), profile=profile)
+    cache = Path(".ddops/state") / f"{arguments.flavour}.timing"
+    with phase_bar("engine") as report:
+        for built in build_engines(bundle, bundle, config, cache, report):
+            print(f"{bundle}: engine for {built.target}, {built.bytes / 2**20:.0f} MiB, {built.seconds:.1f} s")

@@ -1,0 +1,50 @@
+"""Where an exported model comes from, as it is written into the model itself."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddops import __version__
+from ddops.config.stages import ExportConfig
+from ddops.files import sha256_file
+
+
+def provenance(preset: str, export: ExportConfig, student: Path, lock: Path = Path("dvc.lock")) -> dict[str, str]:
+    """Preset, code and weights. A commit or DVC hash that is not known is left out."""
+    facts = {
+        "ddops.version": __version__,
+        "ddops.preset": preset,
+        "ddops.student": export.student,
+        "ddops.steps": str(export.steps),
+        "ddops.precision": export.precision,
+        "ddops.license": export.license,
+        "ddops.student_sha256": sha256_file(student),
+        "ddops.git_commit": git_commit(student.parent),
+        "ddops.dvc_md5": dvc_md5(student.parent, lock),
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def git_commit(directory: Path) -> str | None:
+    """The commit that is checked out around ``directory``; None outside a repository."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=directory, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def dvc_md5(out: Path, lock: Path) -> str | None:
+    """DVC's hash of an output, as the last run of its stage left it in ``dvc.lock``."""
+    if not lock.exists():
+        return None
+    stages: dict[str, Any] = (yaml.safe_load(lock.read_text()) or {}).get("stages", {})
+    entries = (entry for stage in stages.values() for entry in stage.get("outs", []))
+    wanted = out.relative_to(lock.parent) if out.is_relative_to(lock.parent) else out
+    return next((str(entry["md5"]) for entry in entries if entry["path"] == str(wanted)), None)

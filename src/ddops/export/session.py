@@ -1,0 +1,65 @@
+"""Running an exported model with ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from ddops.export.errors import BundleError, MissingExtra
+from ddops.export.manifest import INPUT_NAMES, OUTPUT_NAME
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def open_session(
+    path: Path, device: str = "cpu", threads: int = 0, extra_outputs: Mapping[str, int] = {}
+) -> onnxruntime.InferenceSession:
+    """A session on ``cpu`` or ``cuda``.
+
+    ``threads`` 0 leaves their number to the runtime. ``extra_outputs`` (name -> ONNX element type) are inner values
+    to be returned as well; the file is not changed. Raises :class:`BundleError` for an unknown or absent device.
+    """
+    provider = _provider(device)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    if not extra_outputs:
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    model = onnx.load(path, load_external_data=False)
+    for name, kind in extra_outputs.items():
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+
+
+def _provider(device: str) -> str:
+    if device not in PROVIDERS:
+        raise BundleError(f"no device {device!r} for ONNX Runtime; valid: {', '.join(PROVIDERS)}")
+    if PROVIDERS[device] not in onnxruntime.get_available_providers():
+        raise MissingExtra(f"ONNX Runtime on {device}", "gpu", ImportError(f"no {PROVIDERS[device]}"))
+    return PROVIDERS[device]
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, noise_BLC: NDArray[np.float32], labels_B: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Images (B, I, H, W) in [-1, 1]."""
+    images: NDArray[np.float32] = run_outputs(session, noise_BLC, labels_B, [OUTPUT_NAME])[0]
+    return images
+
+
+def run_outputs(
+    session: onnxruntime.InferenceSession,
+    noise_BLC: NDArray[np.float32],
+    labels_B: NDArray[np.int64],
+    names: Sequence[str],
+) -> list[NDArray[Any]]:
+    """The named outputs."""
+    feed = dict(zip(INPUT_NAMES, (noise_BLC, labels_B), strict=True))
+    values: list[NDArray[Any]] = session.run(list(names), feed)
+    return values

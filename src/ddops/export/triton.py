@@ -1,0 +1,98 @@
+"""A Triton model repository in a bundle: the graph in ONNX Runtime, an engine, and from seed to pixels in Python."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Final
+
+from ddops.config.stages import ProfileConfig
+from ddops.export.copying import place_file
+from ddops.export.manifest import EngineFacts, Manifest, ModelFacts, model_digests
+from ddops.files import sha256_file, write_json, write_text
+
+REPOSITORY: Final = "triton"
+ONNX_MODEL: Final = "onestep_onnx"
+TENSORRT_MODEL: Final = "onestep_tensorrt"
+PYTHON_MODEL: Final = "onestep_python"
+
+MAX_QUEUE_DELAY_US: Final = 5000
+
+
+def write_model_repository(directory: Path, manifest: Manifest, profile: ProfileConfig) -> dict[str, str]:
+    """Write ``triton/`` into a bundle; the hashes of its files.
+
+    The TensorRT variant is there if the bundle has an engine of the flavour ``tensorrt``: Triton runs no RTX engine.
+    """
+    root = directory / REPOSITORY
+    write_text(root / ONNX_MODEL / "config.pbtxt", onnx_config(manifest.model, profile))
+    for name in model_digests(manifest):
+        place_file(directory / name, root / ONNX_MODEL / "1" / name)
+        place_file(directory / name, root / PYTHON_MODEL / "1" / name)
+    write_text(root / PYTHON_MODEL / "config.pbtxt", python_config(manifest.model, profile))
+    write_json(
+        root / PYTHON_MODEL / "1" / "model.json", {"length": manifest.model.length, "code_dim": manifest.model.code_dim}
+    )
+    for package, source, name in (
+        ("ddops.export", "triton_model.py", "model.py"),
+        ("ddops.sampling", "noise.py", "ddops_noise.py"),
+    ):
+        with as_file(files(package) / source) as path:
+            write_text(root / PYTHON_MODEL / "1" / name, path.read_text())
+    for engine in manifest.engines:
+        if engine.flavour == "tensorrt":
+            write_text(root / TENSORRT_MODEL / "config.pbtxt", tensorrt_config(manifest.model, engine))
+            place_file(directory / engine.file, root / TENSORRT_MODEL / "1" / "model.plan")
+    written = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): sha256_file(path) for path in written}
+
+
+def onnx_config(model: ModelFacts, profile: ProfileConfig) -> str:
+    """``config.pbtxt`` of the graph in Triton's ONNX Runtime backend."""
+    return _config(ONNX_MODEL, 'backend: "onnxruntime"', profile, _GRAPH_INPUTS, _GRAPH_OUTPUT, model)
+
+
+def tensorrt_config(model: ModelFacts, engine: EngineFacts) -> str:
+    """``config.pbtxt`` of an engine."""
+    return _config(TENSORRT_MODEL, 'platform: "tensorrt_plan"', engine.profile, _GRAPH_INPUTS, _GRAPH_OUTPUT, model)
+
+
+def python_config(model: ModelFacts, profile: ProfileConfig) -> str:
+    """``config.pbtxt`` of the variant that takes a seed and gives pixels."""
+    return _config(PYTHON_MODEL, 'backend: "python"', profile, _SEED_INPUTS, _PIXELS_OUTPUT, model)
+
+
+# The batch is Triton's own dimension; a label has no other, which its configuration cannot say but by a reshape.
+_LABEL: Final = '{{ name: "class_label" data_type: TYPE_INT64 dims: [ 1 ]{reshape} }}'
+_GRAPH_INPUTS: Final = '{{ name: "noise" data_type: TYPE_FP32 dims: [ {length}, {code_dim} ] }},\n  ' + _LABEL.replace(
+    "{reshape}", " reshape: {{ shape: [ ] }}"
+)
+_GRAPH_OUTPUT: Final = '{{ name: "images" data_type: TYPE_FP32 dims: [ {channels}, {size}, {size} ] }}'
+_SEED_INPUTS: Final = (
+    '{{ name: "seed" data_type: TYPE_UINT64 dims: [ 1 ] }},\n  '
+    '{{ name: "index" data_type: TYPE_INT64 dims: [ 1 ] }},\n  ' + _LABEL.replace("{reshape}", "")
+)
+_PIXELS_OUTPUT: Final = '{{ name: "pixels" data_type: TYPE_UINT8 dims: [ {size}, {size}, {channels} ] }}'
+
+
+def _config(name: str, kind: str, profile: ProfileConfig, inputs: str, output: str, model: ModelFacts) -> str:
+    sizes = {
+        "length": model.length,
+        "code_dim": model.code_dim,
+        "channels": model.image_channels,
+        "size": model.image_size,
+    }
+    return f"""name: "{name}"
+{kind}
+max_batch_size: {profile.max}
+input [
+  {inputs.format(**sizes)}
+]
+output [
+  {output.format(**sizes)}
+]
+dynamic_batching {{
+  preferred_batch_size: [ {profile.opt} ]
+  max_queue_delay_microseconds: {MAX_QUEUE_DELAY_US}
+}}
+"""

@@ -1,0 +1,118 @@
+"""One interface over PyTorch, ONNX Runtime and TensorRT: noise and labels in, images out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddops.export.errors import BundleError
+from ddops.export.manifest import MODEL, STUDENT_FILE, TOKENIZER_FILE, Manifest, model_digests, verify_files
+from ddops.sampling.noise import NOISE_VERSION
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+class Backend(ABC):
+    """A bundle's model, loaded. Not for several threads at once."""
+
+    max_batch: int | None = None
+    """The largest batch it takes, where there is one."""
+
+    @abstractmethod
+    def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
+        """Images (B, I, H, W) in [-1, 1]."""
+
+
+class TorchBackend(Backend):
+    """The weights in PyTorch: any device it has, any number of steps the student was trained for."""
+
+    def __init__(self, directory: Path, manifest: Manifest, device: str, steps: int) -> None:
+        import torch
+
+        from ddops.export.bundle import load_graph
+
+        verify_files(directory, {name: manifest.files[name] for name in (STUDENT_FILE, TOKENIZER_FILE)})
+        starts = manifest.model.start_positions[:steps]
+        graph = load_graph(directory / STUDENT_FILE, directory / TOKENIZER_FILE, starts, manifest.model.logit_prefix)
+        self._torch, self._device = torch, torch.device(device)
+        self._graph = graph.to(self._device)
+
+    def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
+        with self._torch.inference_mode():
+            inputs = (self._torch.from_numpy(values).to(self._device) for values in (noise_BLC, labels_B))
+            images: Floats = self._graph(*inputs).cpu().numpy()
+        return images
+
+
+class OnnxBackend(Backend):
+    """The graph in ONNX Runtime."""
+
+    def __init__(self, directory: Path, manifest: Manifest, device: str, threads: int) -> None:
+        from ddops.export.session import open_session, run_session
+
+        verify_files(directory, model_digests(manifest))
+        self._session = open_session(directory / MODEL, device, threads)
+        self._run = run_session
+
+    def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
+        return self._run(self._session, noise_BLC, labels_B)
+
+
+class TensorRTBackend(Backend):
+    """The bundle's engine that fits this GPU, of whichever flavour is installed."""
+
+    def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
+        from ddops.export.engine_session import EngineSession
+        from ddops.export.tensorrt import installed_flavour
+
+        if device not in ("cuda", "cuda:0"):
+            raise BundleError(f"backend tensorrt runs on cuda, not on {device!r}")
+        self._session = EngineSession(directory, manifest, installed_flavour([e.flavour for e in manifest.engines]))
+        self.max_batch = self._session.facts.profile.max
+
+    def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
+        return self._session.run(noise_BLC, labels_B)
+
+
+BACKENDS: Final = ("torch", "onnx", "tensorrt")
+DEFAULT_DEVICE: Final = {"torch": "cpu", "onnx": "cpu", "tensorrt": "cuda"}
+
+
+def load_backend(
+    directory: Path,
+    manifest: Manifest,
+    name: str,
+    *,
+    device: str | None = None,
+    steps: int | None = None,
+    threads: int = 0,
+) -> Backend:
+    """A backend by name; ``steps`` None takes as many as the exported graph does, ``threads`` 0 the library's choice.
+
+    Raises:
+        BundleError: unknown backend or device, a damaged file, a number of steps it cannot take, noise of another
+            construction, or no engine for this machine. MissingExtra: its packages are not installed.
+    """
+    if name not in BACKENDS:
+        raise BundleError(f"no backend {name!r}; valid: {', '.join(BACKENDS)}")
+    model = manifest.model
+    if model.noise != NOISE_VERSION:
+        raise BundleError(f"the bundle's images are of noise {model.noise!r}, this ddops makes {NOISE_VERSION!r}")
+    device, steps = device or DEFAULT_DEVICE[name], steps or model.steps
+    if name == "torch":
+        if not 1 <= steps <= len(model.start_positions):
+            raise BundleError(f"{steps} steps: this student takes 1 to {len(model.start_positions)}")
+        return TorchBackend(directory, manifest, device, steps)
+    if steps != model.steps:
+        raise BundleError(
+            f"{steps} steps: the exported graph takes {model.steps}; use backend torch, or export with "
+            f"export.steps={steps}"
+        )
+    if name == "onnx":
+        return OnnxBackend(directory, manifest, device, threads)
+    return TensorRTBackend(directory, manifest, device)

@@ -1,0 +1,153 @@
+"""``OneStepPipeline``: class labels and a seed in, pictures out.
+
+from ddops.inference import OneStepPipeline
+
+pipe = OneStepPipeline.from_pretrained("artifacts/bundle")
+pipe(class_labels=[3, 7], seed=0).images[0].save("three.png")
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ddops.class_names import class_number
+from ddops.export.copying import copy_bundle
+from ddops.export.errors import BundleError
+from ddops.export.manifest import MANIFEST, Manifest, read_manifest
+from ddops.files import write_text
+from ddops.inference.backends import Backend, load_backend
+from ddops.inference.card import model_card
+from ddops.inference.seeds import Draw, labels_of, noise_of, to_picture, to_pixels
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LARGEST_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call gives."""
+
+    images: list[Image.Image]
+
+
+class OneStepPipeline:
+    """A distilled generator. The picture of (seed, place in the list, label) does not depend on the others of a call,
+    nor on the backend beyond the tolerance that the bundle's export was held to."""
+
+    def __init__(self, directory: Path, *, backend: str = "onnx", device: str | None = None, threads: int = 0) -> None:
+        """A pipeline on a bundle's directory; raises BundleError."""
+        self.directory = directory
+        self.manifest: Manifest = read_manifest(directory)
+        self.backend, self.device, self._threads = backend, device, threads
+        self._loaded: dict[int, Backend] = {}
+        self._load(self.manifest.model.steps)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        backend: str = "onnx",
+        device: str | None = None,
+        threads: int = 0,
+        revision: str | None = None,
+    ) -> OneStepPipeline:
+        """A pipeline from a bundle: a directory, or ``owner/name`` on the Hugging Face hub.
+
+        Raises:
+            BundleError: neither of the two, or the bundle cannot be used here; says why.
+        """
+        directory = Path(path_or_id)
+        if not directory.exists():
+            if not HUB_ID.fullmatch(str(path_or_id)):
+                raise BundleError(f"{path_or_id}: no such directory, and not of the form owner/name either")
+            directory = _download(str(path_or_id), revision)
+        return cls(directory, backend=backend, device=device, threads=threads)
+
+    def __call__(
+        self,
+        class_labels: Sequence[int | str],
+        *,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        batch_size: int = 32,
+    ) -> PipelineOutput:
+        """Draw one picture a label (a number, or a name where the classes have names).
+
+        One ``seed`` serves the whole list, each picture with its place as the index; a list of seeds gives each picture
+        its own, with index 0. ``steps`` None takes as many as were exported.
+
+        Raises:
+            ValueError: no such class, or a seed that is none. BundleError: a number of steps it cannot take.
+        """
+        facts = self.manifest.model
+        labels = [class_number(str(label), facts.num_classes, facts.class_names or ()) for label in class_labels]
+        if isinstance(seed, int):
+            draws = [Draw(seed, index, label) for index, label in enumerate(labels)]
+        elif len(seed) == len(labels):
+            draws = [Draw(one, 0, label) for one, label in zip(seed, labels, strict=True)]
+        else:
+            raise ValueError(f"{len(seed)} seeds for {len(labels)} class labels; give one, or as many")
+        for draw in draws:
+            if not 0 <= draw.seed <= LARGEST_SEED:
+                raise ValueError(f"a seed is an integer in 0..2**64-1, got {draw.seed}")
+        backend = self._load(steps or facts.steps)
+        size = min(batch_size, backend.max_batch or batch_size)
+        images: list[Image.Image] = []
+        for first in range(0, len(draws), size):
+            batch = draws[first : first + size]
+            drawn = backend.draw(noise_of(batch, facts), labels_of(batch))
+            if not np.isfinite(drawn).all():
+                raise BundleError(f"{self.directory}: backend {self.backend} made values that are no numbers")
+            images += [to_picture(pixels) for pixels in to_pixels(drawn)]
+        return PipelineOutput(images)
+
+    def to(self, device: str) -> OneStepPipeline:
+        """This pipeline on another device, e.g. ``cuda``."""
+        self.device = device
+        self._loaded.clear()
+        self._load(self.manifest.model.steps)
+        return self
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the bundle, with a model card, to another directory."""
+        target = Path(directory)
+        copy_bundle(self.directory, target, self.manifest)
+        write_text(target / "README.md", model_card(self.manifest))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, message: str = "Upload a ddops bundle") -> str:
+        """Upload the bundle with its model card to the Hugging Face hub; returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, commit_message=message).commit_url)
+
+    def _load(self, steps: int) -> Backend:
+        if steps not in self._loaded:
+            self._loaded[steps] = load_backend(
+                self.directory, self.manifest, self.backend, device=self.device, steps=steps, threads=self._threads
+            )
+        return self._loaded[steps]
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = Path(snapshot_download(repo, revision=revision))
+    except Exception as error:  # the hub's client raises errors of many kinds
+        raise BundleError(f"{repo}: not found on disk, and not fetched from the hub: {error}") from error
+    if not (directory / MANIFEST).is_file():
+        raise BundleError(f"{repo}: holds no {MANIFEST}, so it is no ddops bundle")
+    return directory

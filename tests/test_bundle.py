@@ -1,0 +1,345 @@
+"""Bundles and the pipeline on them: the same images from every backend, and nothing that is damaged is used."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from ddops.cli import main
+from ddops.config.load import compose, write_params
+from ddops.config.stages import EngineConfig, ProfileConfig
+from ddops.export.engines import build_engines
+from ddops.export.errors import BundleError, ExportError
+from ddops.export.manifest import EngineFacts, read_manifest, write_manifest
+from ddops.export.provenance import dvc_md5, provenance
+from ddops.export.tensorrt import Machine, choose_engine, library_version, targets
+from ddops.inference import OneStepPipeline
+from ddops.inference.seeds import to_pixels
+from ddops.sampling.few_step import sample_student
+from ddops.sampling.noise import Stream, normals
+from tiny import FAMILIES, PARAMS, tiny, untrained
+from tiny_bundle import FACTS, make_bundle
+
+
+def pixels(pipe, labels, **options):
+    return np.stack([np.asarray(image) for image in pipe(labels, **options).images]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle):
+    return OneStepPipeline.from_pretrained(bundle)
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    """The bundle, to be spoilt. No links: spoiling must not reach the original."""
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+# images
+
+
+def expected(labels, seed, starts):
+    """Straight from the definition: noise of (seed, index), the student's steps, the decoder, rounding."""
+    teacher, student = untrained("llamagen")
+    noise = normals(seed, Stream.SAMPLE_NOISE, np.arange(len(labels)), (16, 8))
+    with torch.inference_mode():
+        q = sample_student(student, teacher.codebook_VC, noise, torch.tensor(labels), starts, 8)
+        return to_pixels(teacher.decode(q).clamp(-1, 1).numpy())[..., 0].astype(int)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_the_images_are_those_of_the_definition(bundle, backend):
+    """To one level of 255, which is what rounding can make of the export's tolerance."""
+    pipe = OneStepPipeline.from_pretrained(bundle, backend=backend)
+    wanted = expected([3, 7, 0], 11, (0,))
+    assert np.abs(pixels(pipe, [3, 7, 0], seed=11) - wanted).max() <= 1
+    assert wanted.std() > 20
+    image = pipe([3]).images[0]
+    assert (image.size, image.mode) == ((8, 8), "L")
+
+
+def test_more_steps_in_pytorch_and_a_refusal_where_the_graph_has_one(bundle, pipe):
+    two = OneStepPipeline.from_pretrained(bundle, backend="torch")
+    assert np.abs(pixels(two, [3, 7], seed=2, steps=2) - expected([3, 7], 2, (0, 2))).max() <= 1
+    with pytest.raises(BundleError, match=r"2 steps: the exported graph takes 1; use backend torch, or export"):
+        pipe([3], steps=2)
+    with pytest.raises(BundleError, match="3 steps: this student takes 1 to 2"):
+        two([3], steps=3)
+
+
+def test_an_image_depends_on_its_seed_place_and_label_alone(pipe):
+    labels = [1, 2, 3, 4, 5]
+    together = pixels(pipe, labels, seed=5)
+    assert np.abs(pixels(pipe, labels, seed=5, batch_size=2) - together).max() <= 1
+    assert np.abs(pixels(pipe, [9, 9, 3], seed=5)[2] - together[2]).max() <= 1
+    assert np.abs(pixels(pipe, [1, 1], seed=[5, 6])[0] - together[0]).max() <= 1
+    assert np.abs(pixels(pipe, [1, 2], seed=6)[1] - together[1]).max() > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": [10]}, "no class 10; there are 10, 0 to 9"),
+        ({"class_labels": ["otter"]}, "these classes have no names"),
+        ({"class_labels": [1], "seed": -1}, "a seed is an integer in"),
+        ({"class_labels": [1], "seed": 2**64}, "a seed is an integer in"),
+        ({"class_labels": [1, 2], "seed": [1]}, "1 seeds for 2 class labels"),
+    ],
+)
+def test_a_wrong_request_is_explained(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tensorflow"}, "no backend 'tensorflow'; valid: torch, onnx, tensorrt"),
+        ({"device": "tpu"}, "no device 'tpu' for ONNX Runtime; valid: cpu, cuda"),
+        ({"device": "cuda"}, r"pip install 'ddops\[gpu\]'"),
+    ],
+)
+def test_a_wrong_backend_or_device_is_explained(bundle, options, message):
+    with pytest.raises(BundleError, match=message):
+        OneStepPipeline.from_pretrained(bundle, **options)
+
+
+# the bundle
+
+
+def test_the_manifest_and_the_models_metadata_say_where_it_comes_from(bundle):
+    manifest = read_manifest(bundle)
+    assert manifest.facts == FACTS
+    model = onnx.load(bundle / "model.onnx")
+    assert {entry.key: entry.value for entry in model.metadata_props} == FACTS
+    assert (manifest.model.length, manifest.model.code_dim, manifest.model.image_size) == (16, 8, 8)
+    assert (manifest.model.steps, manifest.model.start_positions) == (1, (0, 2))
+
+
+def test_provenance_names_preset_commit_weights_and_licence(tmp_path):
+    export = tiny("llamagen").export
+    (tmp_path / "dd1").mkdir()
+    student = tmp_path / "dd1" / "student.safetensors"
+    student.write_bytes(b"weights")
+    lock = tmp_path / "dvc.lock"
+    lock.write_text(json.dumps({"stages": {"distill_dd1": {"outs": [{"path": "dd1", "md5": "abc.dir"}]}}}))
+    facts = provenance("digits", export, student, lock)
+    assert "ddops.git_commit" not in facts
+    assert facts["ddops.dvc_md5"] == "abc.dir"
+    assert (facts["ddops.preset"], facts["ddops.license"]) == ("digits", "MIT")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", "-C", str(tmp_path)]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert provenance("digits", export, student, lock)["ddops.git_commit"] == head
+    assert dvc_md5(tmp_path / "elsewhere", lock) is None
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "student.safetensors"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_file_is_named_and_not_used(copy, name, how):
+    path = copy / name
+    content = path.read_bytes()
+    path.unlink()
+    if how == "cut":
+        path.write_bytes(content[:-1])
+    backend = "torch" if name.startswith("student") else "onnx"
+    with pytest.raises(BundleError, match=rf"{name}: (damaged or changed|missing)"):
+        OneStepPipeline.from_pretrained(copy, backend=backend)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 2}', "[1]"])
+def test_a_manifest_that_is_none_is_refused(copy, content):
+    (copy / "manifest.json").write_text(content)
+    with pytest.raises(BundleError, match=r"manifest\.json: not a bundle's manifest"):
+        read_manifest(copy)
+
+
+def test_an_export_that_fails_leaves_no_manifest(tmp_path):
+    """So that what was there before cannot be taken for what the weights are now."""
+    make_bundle(tmp_path / "bundle")
+    with pytest.raises(ExportError, match=r"export\.tolerance allows 1e-12"):
+        make_bundle(tmp_path / "bundle", tolerance=1e-12)
+    with pytest.raises(BundleError, match="missing; a bundle is written by ddops export"):
+        read_manifest(tmp_path / "bundle")
+
+
+def test_noise_of_another_construction_is_refused(copy):
+    """It would draw other images of the same seeds, and nobody would notice."""
+    manifest = read_manifest(copy)
+    write_manifest(copy, dataclasses.replace(manifest, model=dataclasses.replace(manifest.model, noise="mt19937")))
+    with pytest.raises(BundleError, match="the bundle's images are of noise 'mt19937'"):
+        OneStepPipeline.from_pretrained(copy)
+
+
+def test_saved_and_loaded_it_draws_the_same_and_has_a_card(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "saved")
+    assert np.array_equal(pixels(OneStepPipeline.from_pretrained(tmp_path / "saved"), [1, 2]), pixels(pipe, [1, 2]))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "FID 12.3456 by the protocol `digits`" in card
+    assert "license: mit" in card
+    assert "Steps start at [0, 2]" in card
+
+
+def test_what_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="no such directory, and not of the form owner/name"):
+        OneStepPipeline.from_pretrained(tmp_path / "nowhere" / "at all")
+
+
+def test_push_to_hub_uploads_the_bundle_with_its_card(pipe, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options))
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            names = {path.name for path in read_all(folder_path)}
+            calls.append(("upload", repo_id, names))
+            return type("Commit", (), {"commit_url": "https://example.invalid/commit/1"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert pipe.push_to_hub("me/model", private=True) == "https://example.invalid/commit/1"
+    assert calls[0] == ("create", "me/model", {"private": True, "exist_ok": True})
+    wanted = {"README.md", "manifest.json", "model.onnx", "student.safetensors", "tokenizer.safetensors"}
+    assert calls[1] == ("upload", "me/model", wanted)
+
+
+def read_all(directory):
+    return [path for path in Path(directory).rglob("*") if path.is_file()]
+
+
+# engines
+
+
+@pytest.fixture(scope="module")
+def engines(bundle, tmp_path_factory):
+    """The bundle with TensorRT-RTX engines, built for real and without a GPU."""
+    directory = tmp_path_factory.mktemp("engines") / "bundle"
+    phases = []
+    profile = ProfileConfig(min=1, opt=4, max=8)
+    config = EngineConfig(flavour="tensorrt_rtx", targets=("89", "portable"), profile=profile)
+    reports = build_engines(bundle, directory, config, None, lambda *phase: phases.append(phase))
+    return directory, reports, phases
+
+
+def test_engines_are_built_without_a_gpu_and_recorded(engines, bundle):
+    directory, reports, phases = engines
+    manifest = read_manifest(directory)
+    assert [engine.target for engine in manifest.engines] == ["89", "portable"]
+    for engine, report in zip(manifest.engines, reports, strict=True):
+        assert engine.onnx_sha256 == read_manifest(bundle).onnx.sha256
+        assert engine.version == library_version("tensorrt_rtx")
+        assert (directory / engine.file).stat().st_size == report.bytes > 100_000
+        assert report.seconds > 0
+    assert {done for _, done, _ in phases} > {0, 1}
+    assert np.array_equal(
+        pixels(OneStepPipeline.from_pretrained(directory), [4]), pixels(OneStepPipeline.from_pretrained(bundle), [4])
+    )
+
+
+def test_building_again_keeps_the_other_engines(engines, tmp_path):
+    directory = shutil.copytree(engines[0], tmp_path / "copy")
+    config = EngineConfig(flavour="tensorrt_rtx", targets=("120",), profile=ProfileConfig(min=1, opt=2, max=2))
+    build_engines(directory, directory, config, None, lambda *phase: None)
+    assert [engine.target for engine in read_manifest(directory).engines] == ["89", "portable", "120"]
+
+
+def test_a_target_that_the_library_does_not_know_lists_those_it_does(bundle, tmp_path):
+    config = EngineConfig(flavour="tensorrt_rtx", targets=("90",), profile=ProfileConfig(min=1, opt=2, max=2))
+    with pytest.raises(ExportError, match=r"builds for portable, current, .*89.*, not for '90'"):
+        build_engines(bundle, tmp_path / "out", config, None, lambda *phase: None)
+    assert "90" not in targets("tensorrt_rtx")
+
+
+def test_a_missing_library_names_its_extra(bundle, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    config = EngineConfig(flavour="tensorrt", targets=("current",), profile=ProfileConfig(min=1, opt=2, max=2))
+    with pytest.raises(BundleError, match=r"engine\.flavour tensorrt needs .*pip install 'ddops\[gpu\]'"):
+        build_engines(bundle, tmp_path / "out", config, None, lambda *phase: None)
+
+
+def machine(capability="89", version=None):
+    return Machine("tensorrt_rtx", version or library_version("tensorrt_rtx"), capability)
+
+
+def test_the_engine_for_just_this_gpu_comes_before_the_portable_one(engines):
+    manifest = read_manifest(engines[0])
+    assert choose_engine(manifest, machine("89")).target == "89"
+    assert choose_engine(manifest, machine("86")).target == "portable"
+
+
+@pytest.mark.parametrize(
+    ("here", "change", "reason"),
+    [
+        (machine("120"), {}, "built for compute capability 89, this GPU has 120"),
+        (machine("89", "9.9.9"), {}, "built by tensorrt_rtx .*, here is 9.9.9"),
+        (machine("89"), {"onnx_sha256": "0" * 64}, r"built from another graph \(ONNX sha256 000000000000"),
+    ],
+    ids=["GPU", "version", "graph"],
+)
+def test_an_engine_that_does_not_fit_is_refused_by_name_with_the_cure(engines, here, change, reason):
+    manifest = read_manifest(engines[0])
+    (engine,) = (engine for engine in manifest.engines if engine.target == "89")
+    manifest = dataclasses.replace(manifest, engines=(dataclasses.replace(engine, **change),))
+    with pytest.raises(
+        BundleError, match=rf"engines/tensorrt_rtx-sm89\.engine: {reason}.*ddops engine BUNDLE"
+    ) as error:
+        choose_engine(manifest, here)
+    assert f"--target {here.compute_capability}" in str(error.value)
+
+
+def test_without_a_gpu_the_engine_backend_says_so(engines):
+    with pytest.raises(BundleError, match="no GPU is visible here, and engines run on one only; use --backend onnx"):
+        OneStepPipeline.from_pretrained(engines[0], backend="tensorrt")
+    with pytest.raises(BundleError, match="has no engine for tensorrt_rtx; build one: ddops engine BUNDLE"):
+        choose_engine(dataclasses.replace(read_manifest(engines[0]), engines=()), machine())
+
+
+def test_an_engines_entry_is_checked_when_it_is_read(engines):
+    entry = read_manifest(engines[0]).engines[0]
+    assert isinstance(entry, EngineFacts)
+    with pytest.raises(ValueError, match="must not decrease"):
+        ProfileConfig(min=4, opt=2, max=8)
+
+
+def test_the_command_exports_a_workspace(tmp_path, capsys):
+    """One command from a student to a bundle, as a user with trained weights runs it."""
+    workspace = tmp_path / "workspace"
+    sources = make_bundle(tmp_path / "b").parent / "b-weights"
+    for source, place in (("student", "dd1/student"), ("tokenizer", "teacher/tokenizer")):
+        target = workspace / "artifacts" / f"{place}.safetensors"
+        target.parent.mkdir(parents=True)
+        shutil.copy(sources / f"{source}.safetensors", target)
+    (workspace / "artifacts/teacher/transformer.safetensors").write_bytes(b"not needed")
+    write_params(compose(PARAMS, [*FAMILIES["llamagen"], "export.parity_count=4"]), workspace / "params.yaml")
+    arguments = ["export", str(workspace), "--output", str(tmp_path / "out"), "--steps", "2", "--precision", "float16"]
+    assert main([*arguments, "--target", "89"]) == 0
+    said = capsys.readouterr().out
+    assert "digits, 2 steps, float16; against PyTorch" in said
+    assert "engine for 89" in said
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.model.steps, manifest.onnx.precision, manifest.engines[0].precision) == (2, "float16", "float16")
+    assert main([*arguments[:-3], "9"]) == 1
+    assert "--steps 9: dd1.start_positions (0, 2) allow 1 to 2" in capsys.readouterr().err
+
+
+def test_from_the_hub(bundle, tmp_path, monkeypatch):
+    """What the client asks of a real server. A hub that has nothing of that name is an explained error."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BundleError, match="me/model: not found on disk, and not fetched from the hub"):
+        OneStepPipeline.from_pretrained("me/model")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, revision: str(bundle))
+    assert len(OneStepPipeline.from_pretrained("me/model")([1]).images) == 1
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, revision: str(tmp_path))
+    with pytest.raises(BundleError, match=r"holds no manifest\.json, so it is no ddops bundle"):
+        OneStepPipeline.from_pretrained("me/model")
