@@ -75,7 +75,7 @@ class World:
     def __init__(self, directory, workspace, **settings):
         self.directory, self.workspace = directory, workspace
         self.port = free_port()
-        self.api = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/api", timeout=30, trust_env=False)
+        self.api = httpx.Client(base_url=f"http://127.0.0.1:{self.port}/api", timeout=PATIENCE, trust_env=False)
         self.calls = directory / "calls.log"
         own = tiny_pipeline.environment(workspace)
         audit = str(tiny_pipeline.ROOT / "tests" / "audit")
