@@ -26,9 +26,9 @@ from ddops.models.weights import TOKENIZER, TRANSFORMER, save_weights
 from ddops.stages import paths
 
 ROOT = Path(__file__).parents[1]
-SIZES = ((2, 32, 2, 88), (6, 64, 4, 176), (6, 128, 8, 344), (12, 256, 8, 688))
+SIZES = ((2, 32, 2, 88), (6, 64, 4, 176), (6, 128, 8, 344))
 """depth, width, heads, hidden width of preset digits' transformer; the second is the preset's own."""
-COUNTS = (1000, 3000)
+COUNTS = (500, 1500)
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
 
 def measure(settings: list[str], count: int) -> dict[str, Any]:
     """CPU seconds of the stage, and the bytes it wrote."""
-    overrides = ["preset=digits", *settings, f"trajectories.count={count}", "trajectories.shard_size=1000"]
+    overrides = ["preset=digits", *settings, f"trajectories.count={count}", "trajectories.shard_size=500"]
     values = compose(ROOT / "params", overrides)
     config = validate(values, "scaling").teacher.model  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as directory:
