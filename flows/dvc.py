@@ -31,7 +31,9 @@ EDGE = re.compile(r'^"([^"]+)" -> "([^"]+)";$', re.MULTILINE)
 NODE = re.compile(r'^"([^"]+)";$', re.MULTILINE)
 EXITED = re.compile(r"failed to run: .*, exited with (-?\d+)$")
 DVC_IS_BUSY = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
-CHATTER = re.compile(r"^(To track the changes|\s+git add|To enable auto|\s+dvc config|Use `dvc push`|Having any troubles)")
+CHATTER = re.compile(
+    r"^(To track the changes|\s+git add|To enable auto|\s+dvc config|Use `dvc push`|Having any troubles)"
+)
 """What DVC says to people at a terminal after every stage."""
 
 
