@@ -119,7 +119,7 @@ def run(
     began = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     code: int | None = None
-    ran = restored = busy = timed_out = False
+    skipped = restored = busy = timed_out = False
     keep_open = () if lock is None else (lock,)
     with Leash(_command(arguments), cwd=workspace, env=environment(), keep_open=keep_open) as leash:
         try:
@@ -131,7 +131,7 @@ def run(
                 if parse_bar(piece):
                     continue
                 tail.append(line)
-                ran |= line.startswith("Running stage '")
+                skipped |= line.startswith("Stage '") and line.endswith("didn't change, skipping")
                 restored |= line.startswith("Stage '") and "is cached - skipping run" in line
                 busy |= bool(DVC_IS_BUSY.search(line))
                 if found := EXITED.search(line):
@@ -144,7 +144,7 @@ def run(
     if timed_out:
         return Result(Outcome.TIMED_OUT, seconds, _told(f"not done after {timeout:g} s, so it was ended", tail))
     if exit_code == 0:
-        outcome = Outcome.RESTORED if restored else Outcome.RAN if ran else Outcome.UP_TO_DATE
+        outcome = Outcome.RESTORED if restored else Outcome.UP_TO_DATE if skipped else Outcome.RAN
         return Result(outcome, seconds, outcome.value)
     outcome = Outcome.TRY_AGAIN if busy else outcome_of(exit_code if code is None else code)
     return Result(outcome, seconds, _told(_ending(exit_code if code is None else code), tail))
