@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ddops.config.load import load_config
-from ddops.config.stages import DigitsEvaluateConfig
-from ddops.data import digits
-from ddops.evaluation import rows
-from ddops.evaluation.fid import make_fid
-from ddops.evaluation.images import to_uint8
-from ddops.evaluation.judge import load_classifier
+from ddops.evaluation.drawing import Request, draw_batches
+from ddops.evaluation.metrics import frechet_distance, look
+from ddops.evaluation.protocols import open_protocol
+from ddops.evaluation.rows import Models, build_row
+from ddops.evaluation.ruler import open_ruler
 from ddops.files import sha256_file, write_json
 from ddops.models.weights import load_teacher
 from ddops.stages import paths
+from ddops.stages.statistics import statistics_file
 
 FIRST_SEED = 1000
 
@@ -35,19 +35,16 @@ FIRST_SEED = 1000
 def measure(seed: int) -> dict[str, float]:
     """FID of both rows for one seed."""
     config = load_config(paths.PARAMS)
-    if not isinstance(config.evaluate, DigitsEvaluateConfig):
-        raise SystemExit(f"{paths.PARAMS}: evaluate.protocol is {config.evaluate.protocol}; this judges digits only")
-    data = digits.load()
-    fid = make_fid(load_classifier(paths.CLASSIFIER), to_uint8(data.images_NIHW))
     teacher = load_teacher(paths.TOKENIZER, paths.TRANSFORMER)
-    count = config.evaluate.samples_per_image * len(data)
-    protocol = rows.Protocol(data.labels_N, count, config.evaluate.batch_size)
-    return {
-        "seed": seed,
-        "samples": count,
-        "teacher": fid(rows.sample_teacher_row(teacher, config.sampling, protocol, seed)),
-        "teacher_flow": fid(rows.sample_flow_row(teacher, config.sampling, config.trajectories, protocol, seed)),
-    }
+    models = Models(teacher, None, config.sampling, config.trajectories, config.dd1, paths.TRAJECTORIES)
+    ruler = open_ruler(config.evaluate, paths.CLASSIFIER, statistics_file(config.evaluate))
+    labels_N = open_protocol(config.evaluate).labels(seed, teacher.num_classes)
+    request = Request(labels_N, config.evaluate.batch_size)
+    result: dict[str, float] = {"seed": seed, "samples": len(labels_N)}
+    for name in ("teacher", "teacher_flow"):
+        seen = look(ruler.judge, draw_batches(build_row(name, models).draw, request, seed, name))
+        result[name] = frechet_distance(seen.statistics, ruler.reference.statistics)
+    return result
 
 
 def summary(runs: list[dict[str, float]]) -> str:

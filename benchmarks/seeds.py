@@ -42,7 +42,7 @@ def run_seed(preset: str, seed: int, params_dir: Path, overrides: list[str]) -> 
 
 def summary(runs: list[dict[str, Any]]) -> list[str]:
     """A Markdown table: mean and standard deviation of the FID over the trainings."""
-    rows = [name for name in runs[0]["metrics"] if name != "protocol"]
+    rows = [name for name in runs[0]["metrics"] if name not in ("protocol", "models")]
     lines = ["| row | FID, mean of the trainings | spread | FID / teacher |", "|---|---|---|---|"]
     teacher = statistics.mean(run["metrics"]["teacher"]["fid"] for run in runs)
     for name in sorted(rows, key=lambda row: float(runs[0]["metrics"][row]["fid"])):

@@ -16,8 +16,10 @@ from typing import NamedTuple
 import pytest
 from huggingface_hub import constants
 
+from ddops.config.evaluation import RemoteFile
 from ddops.hub import download
 from ddops.hub.download import HubFile, fetch, local
+from ddops.hub.files import obtain_file
 from ddops.hub.records import DownloadError, HubRecords
 from hub_server import FIRST_COMMIT, OTHER_COMMIT, Hub, serve
 
@@ -279,7 +281,62 @@ def test_local_files_are_taken_as_they_are(tmp_path: Path, caplog: pytest.LogCap
 def test_the_manifest_lists_files_with_licence_and_wellformed_hashes() -> None:
     records = HubRecords.load(None)
     for repo, entry in records.manifest.items():
-        assert records.license(repo) == "MIT"
+        assert (records.license(repo) or "").startswith(("MIT", "Apache-2.0"))
         for record in entry["files"].values():
             assert record.keys() <= {"size", "sha256"}
             assert len(record.get("sha256", "0" * 64)) == 64
+
+
+# Any other URL
+
+
+def remote(place: Place) -> RemoteFile:
+    return RemoteFile(url=f"{place.hub.url}/owner/repo/resolve/main/{NAME}")
+
+
+@pytest.fixture
+def anywhere(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    return place
+
+
+def test_a_file_from_any_url_is_trusted_once_and_checked_ever_after(
+    anywhere: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetched = obtain_file(remote(anywhere), "some.key", anywhere.lock)
+    assert fetched.path.read_bytes() == CONTENT
+    assert "Trusted on first use" in caplog.text
+    requests = len(anywhere.hub.requests)
+    assert obtain_file(remote(anywhere), "some.key", anywhere.lock) == fetched
+    assert len(anywhere.hub.requests) == requests, "it is in the cache"
+    fetched.path.write_bytes(CONTENT[:-1] + b"!")
+    with pytest.raises(DownloadError, match=r"has sha256 .*, expected .*Delete it and fetch again"):
+        obtain_file(remote(anywhere), "some.key", anywhere.lock)
+
+
+def test_a_broken_download_from_any_url_is_continued(anywhere: Place) -> None:
+    anywhere.hub.cut_after = [3 * CHUNK]
+    assert obtain_file(remote(anywhere), "some.key", anywhere.lock).path.read_bytes() == CONTENT
+    assert anywhere.hub.ranges()
+
+
+def test_another_file_than_the_known_one_is_refused(anywhere: Place) -> None:
+    directory, _, name = remote(anywhere).url.rpartition("/")
+    wrong = {"size": len(CONTENT), "sha256": "0" * 64}
+    anywhere.lock.write_text(json.dumps({directory: {"commits": {}, "files": {name: wrong}}}))
+    with pytest.raises(DownloadError, match=r"expected 0{64}[\s\S]*set some\.key\.path=FILE"):
+        obtain_file(remote(anywhere), "some.key", anywhere.lock)
+    assert not list((anywhere.cache.parent / "home").rglob("*.pth*"))
+
+
+def test_hub_urls_go_through_the_hub_and_paths_ask_nobody(anywhere: Place, tmp_path: Path) -> None:
+    on_the_hub = RemoteFile(url=f"hf://owner/repo@main/{NAME}")
+    assert obtain_file(on_the_hub, "some.key", anywhere.lock).path.read_bytes() == CONTENT
+    assert json.loads(anywhere.lock.read_text())["owner/repo"]["commits"] == {"main": FIRST_COMMIT}
+    requests = len(anywhere.hub.requests)
+    mine = tmp_path / "mine.pth"
+    mine.write_bytes(b"mine")
+    assert obtain_file(RemoteFile(url=on_the_hub.url, path=str(mine)), "k", anywhere.lock).path == mine
+    with pytest.raises(DownloadError, match=r"holds no weights/model\.pth"):
+        obtain_file(RemoteFile(url=on_the_hub.url, path=str(tmp_path / "gone")), "k", anywhere.lock)
+    assert len(anywhere.hub.requests) == requests

@@ -123,7 +123,9 @@ def test_one_command_leads_from_images_to_an_exported_generator(finished):
     assert set(ROWS) - {"data"} <= set(metrics)
     report = (workspace / paths.REPORT).read_text()
     assert f"{metrics['dd1_1step']['fid']:.2f}" in report
-    assert report.count("data:image/png;base64,") == len(ROWS)
+    # Beside the grids, the interpolations of the student's two rows.
+    assert report.count("data:image/png;base64,") == len(ROWS) + 2
+    assert f"{metrics['dd1_1step']['fid']:.2f}" in (workspace / paths.MODEL_CARD).read_text()
     for row in ROWS:
         assert Image.open(workspace / paths.GRIDS / f"{row}.png").width > 100
     # Progress, with rate, on every stage that takes long.
@@ -152,8 +154,8 @@ def test_running_again_does_nothing(workspace):
 @pytest.mark.parametrize(
     ("section", "change", "expected"),
     [
-        ("gate", {"rules": {"mine": {"value": "teacher.fid", "max": 1e9}}}, ["gate", "report"]),
-        ("evaluate", {"seeds": [2]}, ["evaluate", "sample"]),
+        ("gate", {"rules": {"mine": {"value": "teacher.fid", "max": 1e9}}}, ["gate"]),
+        ("evaluate", {"seeds": [2]}, ["evaluate", "gate", "sample"]),
         ("trajectories", {"count": 700}, ["sample", "trajectories"]),
         ("sampling", {"guidance": 1.5}, ["ar_diffusion", "distill_dd2", "sample", "trajectories"]),
     ],
@@ -254,5 +256,8 @@ def test_killed_while_distilling_it_goes_on_and_ends_with_the_same_hashes(finish
     output = run(workspace, "dvc", "repro")
     assert stages_run(output) == STAGES[STAGES.index("distill_dd1") :]
     assert re.search(r"dd1 student: resuming at step [1-9]\d* of ", output)
-    assert lock_of(workspace) == lock_of(finished[0])
+    # The report names the commit, which is each clone's own.
+    locks = [lock_of(place) for place in (workspace, finished[0])]
+    assert [lock.pop("report")["cmd"] for lock in locks] == ["python -m ddops.stages.report"] * 2
+    assert locks[0] == locks[1]
     assert (workspace / paths.DD1_STUDENT).read_bytes() == (finished[0] / paths.DD1_STUDENT).read_bytes()

@@ -17,7 +17,8 @@ from ddops.cli import main
 from ddops.config.load import compose, load_config, validate, write_params
 from ddops.hub.acquire import acquire_teacher
 from ddops.models.errors import CheckpointError
-from ddops.models.published import convert_published, read_published
+from ddops.models.published import convert_published
+from ddops.models.published_files import read_published
 from ddops.models.weights import (
     STUDENT,
     TOKENIZER,
@@ -28,8 +29,7 @@ from ddops.models.weights import (
     save_weights,
 )
 from ddops.sampling.few_step import sample_student
-from ddops.stages import distill_dd1, evaluate, features, paths, sample, teacher, trajectories
-from ddops.stages.common import StageError
+from ddops.stages import distill_dd1, paths, teacher, trajectories
 from ddops.trajectories.dataset import TrajectoryDataset
 from ddops.trajectories.shards import DatasetError, read_manifest
 from hub_server import serve
@@ -125,9 +125,8 @@ def test_a_preset_that_trains_has_nothing_to_fetch(world: World, capsys: pytest.
 
 
 @FAMILIES
-def test_the_stages_go_straight_from_a_released_student_to_where_inception_is_missing(
-    world: World, family: str
-) -> None:
+def test_the_stages_fetch_what_is_not_trained(world: World, family: str) -> None:
+    """From there on: tests/test_published_evaluation.py."""
     assert main(["compose", f"preset=tiny_{family}"]) == 0
     config = load_config()
     teacher.teacher(config.seed, config.teacher)
@@ -141,13 +140,6 @@ def test_the_stages_go_straight_from_a_released_student_to_where_inception_is_mi
     assert "trajectories.count is 0" in manifest["settings"]["empty"]
     with pytest.raises(DatasetError, match="holds no trajectories"):
         TrajectoryDataset(paths.TRAJECTORIES, 8)
-    for run in (
-        lambda: features.features(config.seed, config.features),
-        lambda: sample.sample(config.teacher, config.trajectories, config.dd1, config.evaluate),
-        lambda: evaluate.evaluate(config.evaluate),
-    ):
-        with pytest.raises(StageError, match=r"not built yet"):
-            run()
 
 
 @pytest.mark.parametrize(

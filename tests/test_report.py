@@ -9,40 +9,71 @@ from PIL import Image
 from ddops.evaluation.report import chart, embed_png, read_curve, render, table
 from ddops.training.curves import Curves
 
+
+def row(fid, accuracy, **others):
+    values = {
+        "fid": fid,
+        "fid_spread": 0.11,
+        "accuracy": accuracy,
+        "accuracy_spread": 0.002,
+        "samples": 1797,
+        "runs": 3,
+    }
+    return {**values, **others}
+
+
 METRICS = {
-    "protocol": {"name": "digits", "reference_images": 1797, "features_sha256": "ab12" * 16, "seeds": [1, 2, 3]},
-    "onestep_star": {"fid": 113.25, "fid_spread": 1.5, "accuracy": 0.25, "samples": 1797, "runs": 3},
-    "dd1_1step": {"fid": 10.125, "fid_spread": 0.11, "accuracy": 0.905, "samples": 1797, "runs": 3},
-    "my_own": {"fid": 7.0, "fid_spread": 0.0, "accuracy": 0.5, "samples": 1797, "runs": 3},
-    "teacher": {"fid": 5.0625, "fid_spread": 0.07, "accuracy": 0.955, "samples": 1797, "runs": 3},
-    "reconstruction": {"fid": 2.0, "fid_spread": 0.0, "accuracy": 0.99, "samples": 1797, "runs": 1},
-    "dd1_2step": {"fid": 5.5, "fid_spread": 0.08, "accuracy": 0.94, "samples": 1797, "runs": 3},
-    "teacher_flow": {"fid": 5.0, "fid_spread": 0.09, "accuracy": 0.95, "samples": 1797, "runs": 3},
+    "protocol": {
+        "name": "digits",
+        "reference_images": 1797,
+        "features_sha256": "ab12" * 16,
+        "reference_sha256": "ef56" * 16,
+        "seeds": [1, 2, 3],
+        "labels": "of the real images",
+        "features": "digits_classifier",
+        "quantisation": "uint8",
+    },
+    "models": {"dd1": "cd34" * 16},
+    "onestep_star": row(113.25, 0.25, passes=1),
+    "dd1_1step": row(10.125, 0.905, passes=1),
+    "my_own": row(7.0, 0.5),
+    "teacher": row(5.0625, 0.955, passes=16),
+    "reconstruction": row(2.0, 0.99, runs=1),
+    "skip_4": row(8.0, 0.8, passes=12),
+    "dd1_2step": row(5.5, 0.94, passes=2),
+    "teacher_flow": row(5.0, 0.95, passes=16),
+    "teacher_involved_4_8": row(5.25, 0.955, passes=6),
 }
 ACCEPTED = {
     "passed": True,
+    "outcome": "accepted",
+    "override": None,
+    "checks": [{"name": "the figures are of this dd1", "passed": True, "detail": "cd34"}],
     "rules": [
         {"rule": "near", "quantity": "a.fid / b.fid", "value": 1.9876, "bound": "at most 2", "passed": True},
     ],
 }
 REFUSED = {
     "passed": False,
+    "outcome": "refused",
+    "override": None,
+    "checks": [{"name": "the figures are of this dd1", "passed": False, "detail": "stale"}],
     "rules": [{"rule": "near", "quantity": "a.fid", "value": None, "bound": "at most 2", "passed": False}],
 }
 EXPORT = {"parity": {"largest": 3.5e-6, "mean": 1e-7, "images": 256}, "bytes": 2_340_000, "steps": 1}
 CURVE = {"fid_1step": ([10, 20, 30], [90.0, 30.0, 11.0]), "fid_2step": ([10, 20, 30], [40.0, 12.0, 6.0])}
 
 
-def page(tmp_path, **changes):
+def page(tmp_path, template="report.html", **changes):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "grid.png")
     values = {
         "preset": "digits",
         "seed": 0,
         "summary": "16 teacher steps in 1.",
-        "rows": table(METRICS, 16),
+        "table": table(METRICS),
         "protocol": METRICS["protocol"],
         "samples": 1797,
-        "heldout_accuracy": 0.9876,
+        "judge": {"name": "digits_classifier", "heldout_accuracy": 0.9876},
         "decision": ACCEPTED,
         "grids": [("DD1 student, 1 step", embed_png(tmp_path / "grid.png"))],
         "charts": [
@@ -50,9 +81,10 @@ def page(tmp_path, **changes):
             ("Teacher", chart({"loss": CURVE["fid_1step"]}, "nats")),
         ],
         "export": EXPORT,
+        "interpolations": [("DD1 student, 1 step", embed_png(tmp_path / "grid.png"))],
         "provenance": {"platform": "Linux", "sha256 of the teacher": "cd34" * 16},
     }
-    return render(**{**values, **changes})
+    return render(template, **{**values, **changes})
 
 
 class References(HTMLParser):
@@ -87,14 +119,15 @@ def test_the_page_loads_nothing(tmp_path):
 def test_the_page_holds_the_figures(tmp_path):
     text = page(tmp_path)
     words = " ".join(" ".join(References(text).text).split())
-    for title, steps, fid, spread, ratio, accuracy in (
-        ("DD1 student, 1 step", "1", "10.12", "0.11", "2.00", "90.5 %"),
-        ("DD1 student, 2 steps", "2", "5.50", "0.08", "1.09", "94.0 %"),
-        ("Teacher, ordinary sampling", "16", "5.06", "0.07", "1.00", "95.5 %"),
-        ("Tokenizer reconstruction (the floor)", "-", "2.00", "0.00", "0.40", "99.0 %"),
-        ("onestep*: independent tokens", "1", "113.25", "1.50", "22.37", "25.0 %"),
+    for line in (
+        "DD1 student, 1 step 1 10.12 \u00b1 0.11 2.00 90.5% \u00b1 0.2%",
+        "DD1 student, 2 steps 2 5.50 \u00b1 0.11 1.09 94.0%",
+        "Teacher, ordinary sampling 16 5.06 \u00b1 0.11 1.00 95.5%",
+        "Teacher-involved, 4-8 6 5.25",
+        "Tokenizer reconstruction (the floor) - 2.00 0.40 99.0%",
+        "onestep*: independent tokens 1 113.25 \u00b1 0.11 22.37 25.0%",
     ):
-        assert f"{title} {steps} {fid} ± {spread} {ratio} {accuracy}" in words
+        assert line in words
     for fact in (
         "Preset digits , seed 0",
         "98.8 %",
@@ -109,14 +142,33 @@ def test_the_page_holds_the_figures(tmp_path):
     assert "2.34 MB, 1 step(s)" in words
     assert "3.5e-06" in words
     assert text.count("<svg") == 2
-    assert text.count("data:image/png;base64,") == 1
+    assert text.count("data:image/png;base64,") == 2
 
 
 def test_a_refused_model_has_a_page_too(tmp_path):
     words = " ".join(" ".join(References(page(tmp_path, decision=REFUSED, export=None)).text).split())
     assert "Refused." in words
     assert "near a.fid missing at most 2 failed" in words
+    assert "the figures are of this dd1: stale." in words
     assert "Nothing was exported." in words
+
+
+def test_an_override_is_shown_with_its_author_and_reason(tmp_path):
+    overridden = {**REFUSED, "passed": True, "outcome": "overridden", "override": {"by": "Ada", "reason": "demo"}}
+    words = " ".join(" ".join(References(page(tmp_path, decision=overridden)).text).split())
+    assert "Refused, and let through by Ada: demo" in words
+    assert "Overridden by Ada: demo" in page(tmp_path, "model_card.md", decision=overridden)
+
+
+def test_the_model_card_holds_the_same_facts(tmp_path):
+    card = page(tmp_path, "model_card.md")
+    assert "| DD1 student, 1 step | 1 | 10.12 \u00b1 0.11 | 2.00 | 90.5% \u00b1 0.2% |" in card
+    assert "| near | a.fid / b.fid | 1.988 | at most 2 | passed |" in card
+    for fact in ("# digits:", "`digits`: 1797 samples", "seeds 1, 2, 3", "cd34cd34", "The gate accepted it."):
+        assert fact in card
+    tables = [line for line in card.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables[:11]} == {len(table(METRICS).headings) + 2}
+    assert "**The gate refused it.**" in page(tmp_path, "model_card.md", decision=REFUSED, export=None)
 
 
 def test_names_are_escaped(tmp_path):
@@ -126,7 +178,7 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_a_value_that_is_forgotten_is_an_error_and_not_a_blank(tmp_path):
-    with pytest.raises(Exception, match="reference_images"):
+    with pytest.raises(Exception, match="labels"):
         page(tmp_path, protocol={"name": "digits"})
 
 
@@ -136,10 +188,18 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path):
 
 
 def test_rows_come_in_the_pages_order_and_unknown_ones_last():
-    names = [row.name for row in table(METRICS, 16)]
-    known = ["reconstruction", "teacher", "teacher_flow", "dd1_1step", "dd1_2step", "onestep_star"]
-    assert names == [*known, "my_own"]
-    assert table(METRICS, 16)[-1].title == "my_own"
+    names = [row.name for row in table(METRICS).rows]
+    teachers = ["reconstruction", "teacher", "teacher_flow", "teacher_involved_4_8"]
+    assert names == [*teachers, "dd1_1step", "dd1_2step", "skip_4", "onestep_star", "my_own"]
+    assert table(METRICS).rows[-1].title == "my_own"
+
+
+def test_only_figures_that_are_there_have_a_column():
+    headings = [heading for heading, _ in table(METRICS).headings]
+    assert headings == ["steps", "FID", "FID / teacher", "class accuracy"]
+    others = {"dd1_1step": {"fid": 3.0, "fid_spread": 0.0, "recall": 0.5, "recall_spread": 0.0, "runs": 1}}
+    assert [heading for heading, _ in table(others).headings] == ["steps", "FID", "recall"]
+    assert table(others).rows[0].cells == ("-", "3.00", "0.500")
 
 
 def test_a_curve_that_training_wrote_is_read_back(tmp_path):

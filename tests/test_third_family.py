@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddops.config.models import SamplingConfig
-from ddops.evaluation.rows import Protocol, sample_dd1, sample_flow_row, sample_teacher_row
+from ddops.evaluation.drawing import Request, draw_all
+from ddops.evaluation.rows import Models, build_row
 from ddops.models.interface import Student, StudentOutput, Teacher, TeacherSession, Tokenizer, TokenizerOutput
 from ddops.models.layout import LevelLayout
 from ddops.models.registry import FAMILIES, Family, build_student, build_teacher, name_maps
@@ -140,12 +141,10 @@ def test_its_trajectories_are_generated_and_read(models: tuple[Teacher, Student]
 def test_its_teacher_and_student_are_sampled(models: tuple[Teacher, Student]) -> None:
     teacher, student = models
     config = tiny("llamagen", "dd1.start_positions=[0,1]", "dd1.logit_prefix=1")
-    protocol = Protocol(torch.tensor([0, 1, 2]), 12, batch_size=5)
-    rows = [
-        sample_teacher_row(teacher, SAMPLING, protocol, seed=0),
-        sample_flow_row(teacher, SAMPLING, config.trajectories, protocol, seed=0),
-        *(sample_dd1(student, teacher, config.dd1, steps, protocol, seed=0) for steps in (1, 2)),
-    ]
+    models_of_rows = Models(teacher, student, SAMPLING, config.trajectories, config.dd1, Path("nowhere"))
+    request = Request(torch.tensor([0, 1, 2]).repeat(4), batch_size=5)
+    names = ["teacher", "teacher_flow", "dd1_1step", "dd1_2step", "teacher_involved_1_2", "skip_1"]
+    rows = [draw_all(build_row(name, models_of_rows).draw, request, 0, name) for name in names]
     for images_NIHW in rows:
         assert images_NIHW.shape == (12, 1, 4, 1)
         assert len(np.unique(images_NIHW)) > 1

@@ -172,8 +172,6 @@ def test_session_refuses_what_is_out_of_order() -> None:
     labels_B, ids_BL = random_tokens(SMALL)
     first, *later = ids_BL.split(teacher.layout.sizes, dim=1)
     session = teacher.open(labels_B, GUIDED)
-    with pytest.raises(RuntimeError, match="append follows"):
-        session.append(first)
     assert torch.equal(session.next_log_probs(), session.next_log_probs()), "asking again does not go on"
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 1\)"):
         session.append(later[0])
@@ -183,6 +181,17 @@ def test_session_refuses_what_is_out_of_order() -> None:
         session.append(ids_Bl)
     with pytest.raises(RuntimeError, match="all 3 levels"):
         session.next_log_probs()
+
+
+def test_a_prefix_that_was_not_asked_for_is_attended_as_one_that_was() -> None:
+    teacher = random_teacher(SMALL)
+    labels_B, ids_BL = random_tokens(SMALL)
+    asked, given = teacher.open(labels_B, GUIDED), teacher.open(labels_B, GUIDED)
+    for ids_Bl in ids_BL.split(teacher.layout.sizes, dim=1)[:-1]:
+        asked.next_log_probs()
+        asked.append(ids_Bl)
+        given.append(ids_Bl)
+    assert torch.equal(given.next_log_probs(), asked.next_log_probs())
 
 
 def test_fresh_teacher_predicts_nearly_uniformly_and_every_weight_learns() -> None:

@@ -8,11 +8,28 @@ import sys
 from collections.abc import Sequence
 
 from ddops import __version__
-from ddops.commands import compose, export, fetch, plan, run, sample, serve, trajectories
+from ddops.commands import (
+    compose,
+    export,
+    fetch,
+    override,
+    plan,
+    promote,
+    run,
+    sample,
+    serve,
+    table,
+    trajectories,
+)
 from ddops.commands.arguments import CommandError
 from ddops.config.load import ConfigError
+from ddops.evaluation.errors import MetricError
+from ddops.evaluation.production import RegistryError
 from ddops.export.errors import BundleError, ExportError
 from ddops.models.errors import CheckpointError
+
+EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError)
+"""Errors whose message says what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,14 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ddops", description="Distil image AR models into one-step generators.")
     parser.add_argument("--version", action="version", version=f"ddops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (compose, run, plan, fetch, sample, trajectories, export, serve):
+    for module in (compose, run, plan, fetch, sample, trajectories, table, export, override, promote, serve):
         module.register(commands)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         arguments.run(arguments)
-    except (ConfigError, CheckpointError, CommandError, BundleError, ExportError, OSError) as error:
+    except (*EXPLAINED, CommandError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

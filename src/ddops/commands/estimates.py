@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddops.commands.arguments import CommandError
-from ddops.config.stages import Config, DigitsEvaluateConfig, TrainedDD1Config
+from ddops.config.evaluation import ADM50kEvaluateConfig, DigitsEvaluateConfig, parse_row
+from ddops.config.stages import Config, TrainedDD1Config
 from ddops.models.registry import build_student, build_teacher
 
 FLOAT: Final = 4
@@ -120,24 +121,21 @@ def noise_bytes(config: Config, measured: Measured) -> int:
     return FLOAT * measured.length * config.teacher.model.code_dim
 
 
-def rows(config: Config) -> int:
-    """Rows whose images are drawn once a seed: two of the teacher, one a student step, two of independent tokens."""
-    return 4 + len(config.dd1.start_positions)
-
-
 def samples(config: Config) -> int:
     """Images a row and a seed."""
     evaluate = config.evaluate
-    return (
-        evaluate.samples_per_image * DIGITS_IMAGES if isinstance(evaluate, DigitsEvaluateConfig) else evaluate.samples
-    )
+    if isinstance(evaluate, DigitsEvaluateConfig):
+        return evaluate.samples_per_image * DIGITS_IMAGES
+    if isinstance(evaluate, ADM50kEvaluateConfig):
+        return evaluate.samples_per_class * config.teacher.model.num_classes
+    return evaluate.samples
 
 
 def sample_bytes(config: Config) -> int:
     """Bytes of all rows' images."""
     model = config.teacher.model
     image = model.image_channels * model.image_size**2
-    return image * samples(config) * len(config.evaluate.seeds) * rows(config)
+    return image * samples(config) * len(config.evaluate.seeds) * len(config.evaluate.rows)
 
 
 def trajectory_flops(config: Config, measured: Measured) -> float:
@@ -158,9 +156,20 @@ def distill_flops(config: Config, measured: Measured) -> float:
 
 def sample_flops(config: Config, measured: Measured) -> float:
     """Work of the stage ``sample``."""
-    passes, steps = measured.passes, range(1, len(config.dd1.start_positions) + 1)
-    image = 2 * passes.teacher + passes.flow_map + sum(steps) * passes.student + rows(config) * passes.decode
-    return image * samples(config) * len(config.evaluate.seeds)
+    images = samples(config) * len(config.evaluate.seeds)
+    return images * sum(_row_flops(name, measured.passes) for name in config.evaluate.rows)
+
+
+def _row_flops(name: str, passes: Passes) -> float:
+    """Of one image. A teacher that shares the work with a student, or skips some, counts as a whole one."""
+    kind, numbers = parse_row(name)
+    work = {
+        "teacher_flow": passes.teacher + passes.flow_map,
+        "dd1": passes.student * (numbers[0] if kind == "dd1" else 0),
+        "teacher_involved": passes.teacher + 2 * passes.student,
+        "onestep_star": 0.0,
+    }
+    return work.get(kind, passes.teacher) + passes.decode
 
 
 def sampling_memory(config: Config, measured: Measured, batch: int) -> float:

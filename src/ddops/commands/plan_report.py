@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ddops.commands import estimates
 from ddops.commands.estimates import Device, Measured, ModelSize
+from ddops.config.evaluation import ImageNetEvaluateConfig, InceptionFeaturesConfig, RemoteFile
 from ddops.config.stages import (
     Config,
-    DigitsEvaluateConfig,
     DownloadedTeacherConfig,
     DownloadSource,
     PublishedFile,
@@ -17,6 +17,7 @@ from ddops.hub.records import LOCK, HubRecords
 
 LPIPS_BYTES = 0.55e9
 """torchvision's VGG-16 weights."""
+INCEPTION_BYTES = 0.1e9
 
 
 def describe(config: Config, device_name: str) -> str:
@@ -51,22 +52,36 @@ def _model(name: str, size: ModelSize) -> str:
 
 
 def _stages(config: Config) -> list[str]:
-    judged = isinstance(config.evaluate, DigitsEvaluateConfig)
-    refused = "refused: Inception features are not built yet"
-    count = config.trajectories.count
+    count, evaluate = config.trajectories.count, config.evaluate
     steps = {
-        "features": "train the digits classifier" if judged else refused,
+        "features": _features(config),
         "teacher": _teacher(config),
         "trajectories": f"{count:,} by the flow map" if count else "none",
         "distill_dd1": _distill(config),
-        "sample": f"{estimates.samples(config):,} images x {len(config.evaluate.seeds)} seeds x "
-        f"{estimates.rows(config)} rows" if judged else refused,
-        "evaluate": f"protocol {config.evaluate.protocol}" if judged else refused,
-        "gate": f"{len(config.gate.rules)} rules" + ("" if judged else ", after evaluate"),
-        "export_onnx": f"{config.export.steps} step, opset {config.export.opset}" + ("" if judged else ", after gate"),
-        "report": "one HTML page" + ("" if judged else ", after evaluate"),
-    }  # fmt: skip
+        "sample": f"{estimates.samples(config):,} images x {len(evaluate.seeds)} seeds x {len(evaluate.rows)} rows",
+        "evaluate": _evaluate(config),
+        "gate": f"{len(config.gate.rules)} rules",
+        "export_onnx": f"{config.export.steps} step, opset {config.export.opset}",
+        "report": "one HTML page",
+    }
     return ["Stages", *(f"  {name:<14}{text}" for name, text in steps.items())]
+
+
+def _features(config: Config) -> str:
+    features = config.features
+    if isinstance(features, InceptionFeaturesConfig):
+        return f"{_file(features.weights)}: Inception, layer {features.layer}"
+    return "train the digits classifier"
+
+
+def _evaluate(config: Config) -> str:
+    evaluate = config.evaluate
+    against = f", {_file(evaluate.statistics)}" if isinstance(evaluate, ImageNetEvaluateConfig) else ""
+    return f"protocol {evaluate.protocol}{against}"
+
+
+def _file(file: RemoteFile) -> str:
+    return f"read {file.path}" if file.path else f"fetch {file.url.rpartition('/')[2]}"
 
 
 def _teacher(config: Config) -> str:
@@ -121,7 +136,8 @@ def _download_bytes(config: Config, measured: Measured) -> float:
     records = HubRecords.load(LOCK)
     sizes = [records.expected(repo, file.name).size or ours for repo, file, ours in wanted]
     lpips = isinstance(config.dd1, TrainedDD1Config) and config.dd1.perceptual.network == "lpips_vgg"
-    return sum(sizes) + (LPIPS_BYTES if lpips else 0)
+    inception = isinstance(config.features, InceptionFeaturesConfig) and config.features.weights.path is None
+    return sum(sizes) + (LPIPS_BYTES if lpips else 0) + (INCEPTION_BYTES if inception else 0)
 
 
 def _memory(config: Config, measured: Measured, device: Device, name: str) -> list[str]:

@@ -14,7 +14,7 @@ from ddops.commands.workspace import Workspace, find_workspace
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ddops.evaluation.rows import Protocol
+    from ddops.evaluation.drawing import Request
 
 ALL = "all"
 COLUMNS = 8
@@ -52,12 +52,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     import torch
 
+    from ddops.evaluation.drawing import Request
     from ddops.evaluation.images import grid, save_png
-    from ddops.evaluation.rows import Protocol
 
     labels_N = torch.tensor(classes).repeat_interleave(arguments.count)
     start = time.perf_counter()
-    images_NIHW = _draw(workspace, row, steps, Protocol(labels_N, len(labels_N), arguments.batch_size), arguments.seed)
+    images_NIHW = _draw(workspace, row, steps, Request(labels_N, arguments.batch_size), arguments.seed)
     seconds = time.perf_counter() - start
     columns = arguments.count if arguments.count > 1 else min(len(classes), COLUMNS)
     scale = max(1, SMALLEST_TILE // config.teacher.model.image_size)
@@ -83,16 +83,21 @@ def _choose(arguments: argparse.Namespace, workspace: Workspace) -> tuple[str, i
     return row, steps
 
 
-def _draw(workspace: Workspace, row: str, steps: int, protocol: Protocol, seed: int) -> Tensor:
+def _draw(workspace: Workspace, row: str, steps: int, request: Request, seed: int) -> Tensor:
     """uint8 images (N, I, H, W)."""
-    from ddops.evaluation.rows import sample_dd1, sample_teacher_row
+    from ddops.evaluation.device import accelerator
+    from ddops.evaluation.drawing import dd1_row, draw_all
+    from ddops.evaluation.rows import Models, build_row
     from ddops.models.weights import load_student, load_teacher
+    from ddops.stages import paths
 
-    teacher = load_teacher(workspace.tokenizer, workspace.transformer)
-    if row == "teacher":
-        return sample_teacher_row(teacher, workspace.config.sampling, protocol, seed)
-    student = load_student(workspace.student)
-    return sample_dd1(student, teacher, workspace.config.dd1, steps, protocol, seed)
+    config = workspace.config
+    teacher = load_teacher(workspace.tokenizer, workspace.transformer).to(accelerator())
+    student = load_student(workspace.student).to(accelerator()) if row == "dd1" else None
+    trajectories = workspace.root / paths.TRAJECTORIES
+    models = Models(teacher, student, config.sampling, config.trajectories, config.dd1, trajectories)
+    name = dd1_row(steps) if row == "dd1" else row
+    return draw_all(build_row(name, models).draw, request, seed, name)
 
 
 def _positive(text: str) -> int:

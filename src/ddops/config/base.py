@@ -6,9 +6,10 @@ file, the key and the valid choices.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar, dataclass_transform
+import dataclasses
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
@@ -30,3 +31,10 @@ def config(cls: type[T]) -> type[T]:
         config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False),
     )
     return make(cls)  # type: ignore[return-value]
+
+
+def plain(value: Any) -> Any:
+    """A configuration as plain values, for fingerprints; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return TypeAdapter(type(value)).dump_python(value, mode="json")
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -16,31 +17,9 @@ from ddops.config.base import (
     config,
 )
 from ddops.config.dd2 import ARDiffusionConfig, DD2Config
+from ddops.config.evaluation import EvaluateConfig, FeaturesConfig, GateConfig, parse_row
 from ddops.config.models import ModelConfig, SamplingConfig
 from ddops.config.training import TrainingConfig
-
-
-@config
-class DigitsFeaturesConfig:
-    """The judge: a small classifier whose penultimate features the protocol's FID is computed in."""
-
-    name: Literal["digits_classifier"]
-    channels: PositiveInt
-    feature_dim: PositiveInt
-    dropout: DecayRate
-    holdout: Fraction
-    """Share of the images kept out of training, to measure the classifier's accuracy on."""
-    training: TrainingConfig
-
-
-@config
-class InceptionFeaturesConfig:
-    """The judge of the published protocols: the Inception network. Not built yet, see ``ddops.stages.common``."""
-
-    name: Literal["inception"]
-
-
-FeaturesConfig = Annotated[DigitsFeaturesConfig | InceptionFeaturesConfig, Field(discriminator="name")]
 
 
 @config
@@ -155,6 +134,8 @@ class DD1Common:
     """Numbers of leading levels that are given: what training draws from, and what sampling steps through."""
     logit_prefix: NonNegativeInt
     """Leading levels whose final tokens come from the logits' argmax; the regressed embedding serves the rest."""
+    teacher_involved_logit_prefix: dict[str, NonNegativeInt] = field(default_factory=dict)
+    """Another ``logit_prefix`` for rows of the evaluation, as in the paper: ``{teacher_involved_1_6: 9}``."""
 
     def __post_init__(self) -> None:
         if self.start_positions[0] != 0 or list(self.start_positions) != sorted(set(self.start_positions)):
@@ -186,57 +167,6 @@ class ReleasedDD1Config(DD1Common):
 
 
 DD1Config = Annotated[TrainedDD1Config | ReleasedDD1Config, Field(discriminator="source")]
-
-
-@config
-class EvaluateCommon:
-    """What every protocol says besides its own rules."""
-
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    """Every row is sampled and judged once a seed; the table shows mean and spread."""
-    batch_size: PositiveInt
-    grid_per_class: PositiveInt
-
-
-@config
-class DigitsEvaluateConfig(EvaluateCommon):
-    """The protocol ``digits``: the embedded data set's labels and the digits classifier's features."""
-
-    protocol: Literal["digits"]
-    samples_per_image: PositiveInt
-    """Samples drawn for each image of the reference set, with that image's label: the data's class proportions."""
-
-
-@config
-class DD50kEvaluateConfig(EvaluateCommon):
-    """The protocol ``dd_50k`` of the DD papers: labels at random, Inception features. Not built yet."""
-
-    protocol: Literal["dd_50k"]
-    samples: PositiveInt
-
-
-EvaluateConfig = Annotated[DigitsEvaluateConfig | DD50kEvaluateConfig, Field(discriminator="protocol")]
-
-
-@config
-class GateRule:
-    """One bound on ``value`` (``row.metric``), or on its ratio to ``relative_to`` where that is given."""
-
-    value: str
-    relative_to: str | None = None
-    max: float | None = None
-    min: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max is None and self.min is None:
-            raise ValueError(f"the rule on {self.value} needs a max or a min")
-
-
-@config
-class GateConfig:
-    """What a model must reach before it is exported."""
-
-    rules: dict[str, GateRule]
 
 
 @config
@@ -327,8 +257,28 @@ class Config:
             raise ValueError("export.student: dd2, but dd2.source is none")
         if (self.evaluate.protocol == "digits") != (self.features.name == "digits_classifier"):
             raise ValueError(f"features.name: {self.features.name} do not judge the protocol {self.evaluate.protocol}")
+        for row in self.evaluate.rows:
+            self._check_row(row)
         if self.export.steps > len(self.dd1.start_positions):
             raise ValueError(
                 f"export.steps: {self.export.steps} steps need as many dd1.start_positions, "
                 f"which are {self.dd1.start_positions}"
             )
+        if self.export.student == "dd1" and (row := f"dd1_{self.export.steps}step") not in self.evaluate.rows:
+            raise ValueError(f"evaluate.rows: {row} is missing, which is what is exported: it must be judged")
+
+    def _check_row(self, name: str) -> None:
+        """A row must be one that these models can draw."""
+        levels, starts = len(self.teacher.model.level_sizes), self.dd1.start_positions
+        kind, numbers = parse_row(name)
+        if kind == "dd1" and numbers[0] > len(starts):
+            raise ValueError(f"evaluate.rows: {name} needs {numbers[0]} dd1.start_positions, which are {starts}")
+        if kind == "skip" and numbers[0] >= levels:
+            raise ValueError(f"evaluate.rows: {name} skips too much, the teacher has {levels} levels")
+        if kind == "teacher_involved" and (numbers[0] >= numbers[1] or numbers[1] - 1 not in starts):
+            raise ValueError(
+                f"evaluate.rows: {name}: the teacher draws levels n to m - 1 and the student goes on from there: "
+                f"n < m, and m - 1 must be one of dd1.start_positions {starts}"
+            )
+        if kind.startswith("onestep") and self.trajectories.count == 0:
+            raise ValueError(f"evaluate.rows: {name} needs trajectories, and trajectories.count is 0")

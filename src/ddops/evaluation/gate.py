@@ -1,13 +1,20 @@
-"""The gate: rules on metrics, each with its verdict. Pure; the stage reads the files and sets the exit code."""
+"""The gate: do the figures belong to the model in hand, and does it keep the rules? Pure; the stage reads the files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
-from ddops.config.stages import GateConfig, GateRule
+from ddops.config.evaluation import GateConfig, GateOverride, GateRule
+
+PRODUCTION: Final = "production"
+_COMPARED: Final = (
+    *("name", "features", "features_sha256", "feature_dim", "reference_sha256", "labels", "image_size", "resize"),
+    "quantisation",
+)
+"""Facts of a protocol in which two figures must agree. (Seeds and versions are recorded, and may differ.)"""
 
 
 @dataclass(frozen=True)
@@ -26,30 +33,144 @@ class Verdict:
         return f"{'passed' if self.passed else 'FAILED'}  {self.rule}: {self.quantity} = {shown}, {self.bound}"
 
 
-def decide(metrics: Mapping[str, Any], config: GateConfig) -> list[Verdict]:
-    """A verdict for every rule, in order."""
-    return [_judge(name, rule, metrics) for name, rule in config.rules.items()]
+@dataclass(frozen=True)
+class Check:
+    """Whether the figures belong to what is in hand. A failed check cannot be overridden: measure again instead."""
+
+    name: str
+    passed: bool
+    detail: str
+
+    def sentence(self) -> str:
+        """For people."""
+        return f"{'passed' if self.passed else 'FAILED'}  {self.name}: {self.detail}"
 
 
-def decision(verdicts: list[Verdict]) -> dict[str, Any]:
-    """The decision as plain values, for the file that the report and later stages read."""
-    return {"passed": all(verdict.passed for verdict in verdicts), "rules": [asdict(verdict) for verdict in verdicts]}
+@dataclass(frozen=True)
+class Decision:
+    """Everything the gate found, and what follows from it."""
+
+    checks: tuple[Check, ...]
+    verdicts: tuple[Verdict, ...]
+    student_sha256: str
+    override: GateOverride | None
+
+    @property
+    def outcome(self) -> str:
+        """``accepted``, ``refused``, or ``overridden``: refused by a rule and let through by name."""
+        if not all(check.passed for check in self.checks):
+            return "refused"
+        if all(verdict.passed for verdict in self.verdicts):
+            return "accepted"
+        applies = self.override is not None and self.student_sha256.startswith(self.override.student_sha256)
+        return "overridden" if applies else "refused"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the pipeline goes on."""
+        return self.outcome != "refused"
+
+    def failed(self) -> list[str]:
+        """A sentence for everything that did not pass."""
+        return [one.sentence() for one in self._all() if not one.passed]
+
+    def sentences(self) -> list[str]:
+        """A sentence for everything."""
+        return [one.sentence() for one in self._all()]
+
+    def _all(self) -> list[Check | Verdict]:
+        return [*self.checks, *self.verdicts]
+
+    def plain(self) -> dict[str, Any]:
+        """For the decision file, which the report, the export and the promotion read."""
+        override = asdict(self.override) if self.override is not None and self.outcome == "overridden" else None
+        return {
+            "passed": self.passed,
+            "outcome": self.outcome,
+            "student_sha256": self.student_sha256,
+            "override": override,
+            "checks": [asdict(check) for check in self.checks],
+            "rules": [asdict(verdict) for verdict in self.verdicts],
+        }
 
 
-def _judge(name: str, rule: GateRule, metrics: Mapping[str, Any]) -> Verdict:
+def decide(
+    metrics: Mapping[str, Any],
+    rules: Mapping[str, GateRule],
+    production: Mapping[str, Any] | None = None,
+) -> list[Verdict]:
+    """A verdict for every rule, in order; ``production``: the metrics of the model in production, if there is one."""
+    return [_judge(name, rule, metrics, production) for name, rule in rules.items()]
+
+
+def gate_decision(
+    metrics: Mapping[str, Any],
+    config: GateConfig,
+    *,
+    models: Mapping[str, str],
+    protocol: Mapping[str, Any],
+    production: Mapping[str, Any] | None,
+) -> Decision:
+    """The decision: ``models`` are the hashes of the files in hand, ``protocol`` is what the figures must state."""
+    checks = (*_model_checks(metrics, models), *_protocol_checks(metrics, protocol))
+    verdicts = tuple(decide(metrics, config.rules, production))
+    return Decision(checks, verdicts, models.get("dd1", ""), config.override)
+
+
+def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The facts in which two protocols differ, so that their figures do not compare; none where they do."""
+    return [fact for fact in _COMPARED if a.get(fact) != b.get(fact)]
+
+
+def _model_checks(metrics: Mapping[str, Any], models: Mapping[str, str]) -> list[Check]:
+    measured = metrics.get("models", {})
+    checks = []
+    for name, sha256 in models.items():
+        same = measured.get(name) == sha256
+        detail = sha256[:12] if same else f"the figures are of {str(measured.get(name))[:12]}, in hand is {sha256[:12]}"
+        checks.append(Check(f"the figures are of this {name}", same, detail))
+    return checks
+
+
+def _protocol_checks(metrics: Mapping[str, Any], expected: Mapping[str, Any]) -> list[Check]:
+    stated = metrics.get("protocol", {})
+    checks = []
+    for fact, value in expected.items():
+        same = stated.get(fact) == value
+        shown = _short(value) if same else f"the figures have {_short(stated.get(fact))}, asked for is {_short(value)}"
+        checks.append(Check(f"the protocol's {fact}", same, shown))
+    return checks
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _judge(name: str, rule: GateRule, metrics: Mapping[str, Any], production: Mapping[str, Any] | None) -> Verdict:
     value, quantity = _lookup(metrics, rule.value), rule.value
+    bounds = [f"at most {rule.max:g}"] if rule.max is not None else []
+    bounds += [f"at least {rule.min:g}"] if rule.min is not None else []
+    bound = " and ".join(bounds)
     if rule.relative_to is not None:
-        base, quantity = _lookup(metrics, rule.relative_to), f"{rule.value} / {rule.relative_to}"
+        quantity = f"{rule.value} / {rule.relative_to}"
+        base = None
+        if rule.relative_to != PRODUCTION:
+            base = _lookup(metrics, rule.relative_to)
+        elif production is None:
+            return Verdict(name, quantity, value, f"{bound} (nothing is in production yet)", value is not None)
+        elif different := comparable(metrics.get("protocol", {}), production.get("protocol", {})):
+            reason = f"the model in production was judged by another protocol: {', '.join(different)}"
+            return Verdict(name, quantity, None, f"{bound} ({reason})", False)
+        else:
+            base = _lookup(production, rule.value)
         value = value / base if value is not None and base else None
-    bounds, passed = [], value is not None
-    if rule.max is not None:
-        bounds.append(f"at most {rule.max:g}")
-        passed = passed and value is not None and value <= rule.max
-    if rule.min is not None:
-        bounds.append(f"at least {rule.min:g}")
-        passed = passed and value is not None and value >= rule.min
-    bound = " and ".join(bounds) + _distance(value, rule)
-    return Verdict(name, quantity, value, bound, passed)
+    passed = value is not None
+    if value is not None and rule.max is not None:
+        passed = passed and value <= rule.max
+    if value is not None and rule.min is not None:
+        passed = passed and value >= rule.min
+    return Verdict(name, quantity, value, bound + _distance(value, rule), passed)
 
 
 def _distance(value: float | None, rule: GateRule) -> str:

@@ -1,127 +1,213 @@
-"""What the evaluation compares: each row samples the protocol's labels in its own way, image by image from one seed.
+"""What the evaluation compares: the rows of the papers' tables, each with its own way to draw images.
 
-A sample is a function of (row, seed, sample index); within the rounding of the arithmetic it does not depend on
-its batch. The teacher's flow-map row and the student's rows start from the same noise.
+A further kind of row is a pattern in ``config/evaluation.py`` and a line in ``_BUILDERS``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from ddops.config.evaluation import parse_row
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, FlowMapConfig
+from ddops.evaluation.drawing import Draw, Generator, Indices, dd1_generator, from_noise, sample_noise
 from ddops.evaluation.images import to_uint8
 from ddops.models.interface import Student, Teacher
-from ddops.sampling.few_step import sample_student
-from ddops.sampling.noise import Stream, normals, uniforms
-from ddops.sampling.teacher import categorical_picker, flow_picker, sample_marginals, sample_teacher
+from ddops.sampling.mixed import sample_skipping, sample_teacher_involved
+from ddops.sampling.noise import Stream, uniforms
+from ddops.sampling.teacher import (
+    Picker,
+    categorical_picker,
+    flow_picker,
+    sample_marginals,
+    sample_teacher,
+    token_marginals,
+)
+from ddops.trajectories.dataset import TrajectoryDataset
 
-RECONSTRUCTION, TEACHER, TEACHER_FLOW = "reconstruction", "teacher", "teacher_flow"
-ONESTEP_STAR, ONESTEP_CLASS = "onestep_star", "onestep_class"
-
-
-def dd1_row(steps: int) -> str:
-    """Name of the DD1 student's row with so many steps."""
-    return f"dd1_{steps}step"
+RECONSTRUCTION: Final = "reconstruction"
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """Which labels are asked for: those of the reference images, over and over, so in the data's proportions."""
+class Row:
+    """A line of the table: how its images are drawn, and what one costs."""
 
-    reference_labels_N: Tensor
-    count: int
-    batch_size: int
+    name: str
+    draw: Draw
+    passes: int
+    """Passes through a transformer, one after the other, from noise to tokens (guidance's second half not counted)."""
+    parameters: int
+    """Of the transformers that take part, without the tokenizer."""
+    generator: Generator | None = None
+    """Of a row whose images are a function of label and noise alone."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """All that rows draw with."""
+
+    teacher: Teacher
+    student: Student | None
+    """None where no row asks for it."""
+    sampling: SamplingConfig
+    solver: FlowMapConfig
+    dd1: DD1Config
+    trajectories: Path
+
+    @cached_property
+    def drawn_tokens(self) -> tuple[Tensor, Tensor]:
+        """Ids (N, L) and labels (N,) of the trajectories; read when a row asks for them."""
+        dataset = TrajectoryDataset(self.trajectories, self.teacher.codebook_VC.shape[1])
+        return dataset.ids_NL.long(), dataset.labels_N
 
     @property
-    def labels(self) -> Tensor:
-        """Label of every sample, int64 (count,)."""
-        return self.reference_labels_N[torch.arange(self.count) % len(self.reference_labels_N)]
+    def dd1_student(self) -> Student:
+        if self.student is None:
+            raise ValueError("this row needs a DD1 student, and none was loaded")
+        return self.student
 
-    def batches(self, description: str) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """Sample indices and their labels, batch by batch, with a progress bar."""
-        with tqdm(total=self.count, desc=description, unit="image", leave=False, mininterval=1.0) as bar:
-            for labels_B, first in zip(
-                self.labels.split(self.batch_size), range(0, self.count, self.batch_size), strict=True
-            ):
-                yield np.arange(first, first + len(labels_B), dtype=np.int64), labels_B
-                bar.update(len(labels_B))
+    @property
+    def device(self) -> torch.device:
+        return self.teacher.codebook_VC.device
 
 
-def sample_noise(seed: int, indices_B: NDArray[np.int64], model: Teacher | Student, code_dim: int) -> Tensor:
-    """The noise sequences (B, L, C) that the flow map and the students start from."""
-    return normals(seed, Stream.SAMPLE_NOISE, indices_B, (model.layout.length, code_dim))
+def build_row(name: str, models: Models) -> Row:
+    """The row of that name; raises ValueError for one that is none."""
+    kind, numbers = parse_row(name)
+    built = _BUILDERS[kind](models, *numbers)
+    parameters = sum(parameter.numel() for part in built.transformers for parameter in part.parameters())
+    return Row(name, built.draw, built.passes, parameters, built.generator)
 
 
-@torch.inference_mode()
-def collect(protocol: Protocol, row: str, decode: Callable[[NDArray[np.int64], Tensor], Tensor]) -> Tensor:
-    """uint8 images (count, I, H, W) of what ``decode`` makes of sample indices and labels, batch by batch."""
-    batches = [to_uint8(decode(indices_B, labels_B)).cpu() for indices_B, labels_B in protocol.batches(row)]
-    return torch.cat(batches)
+def reconstruct(teacher: Teacher, images_NIHW: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """The real images through the tokenizer and back, uint8, batch by batch: the floor of every row."""
+    for images_BIHW in images_NIHW.split(batch_size):
+        with torch.inference_mode():
+            ids_BL = teacher.tokenizer.encode(images_BIHW.to(teacher.codebook_VC.device))
+            decoded_BIHW = to_uint8(_decode_ids(teacher, ids_BL)).cpu()
+        yield decoded_BIHW
+
+
+class _Built(NamedTuple):
+    """How images are drawn, in how many passes, and by which transformers."""
+
+    draw: Draw
+    passes: int
+    transformers: tuple[torch.nn.Module, ...]
+    generator: Generator | None = None
+
+
+def _teacher(models: Models) -> _Built:
+    """Ordinary autoregressive sampling."""
+
+    def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
+        ids_BL = sample_teacher(
+            models.teacher, labels_B.to(models.device), models.sampling, _categorical(models, seed, indices_B)
+        )
+        return _decode_ids(models.teacher, ids_BL)
+
+    return _Built(draw, models.teacher.layout.num_levels, (_transformer(models),))
+
+
+def _teacher_flow(models: Models) -> _Built:
+    """The teacher through the flow map, what the trajectories are made of."""
+    teacher, solver = models.teacher, models.solver
+
+    def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
+        noise_BLC = sample_noise(seed, indices_B, teacher, teacher.codebook_VC.shape[1]).to(models.device)
+        pick = flow_picker(teacher.layout, teacher.codebook_VC, noise_BLC, solver)
+        return _decode_ids(teacher, sample_teacher(teacher, labels_B.to(models.device), models.sampling, pick))
+
+    return _Built(draw, teacher.layout.num_levels, (_transformer(models),))
+
+
+def _dd1(models: Models, steps: int) -> _Built:
+    student, code_dim = models.dd1_student, models.teacher.codebook_VC.shape[1]
+    generator = dd1_generator(student, models.teacher, models.dd1, steps)
+    return _Built(from_noise(generator, student, code_dim), steps, (student,), generator)
+
+
+def _teacher_involved(models: Models, first: int, last: int) -> _Built:
+    """DD1's Table 2, ``n-m`` counted from 1: the teacher draws levels n to m - 1, the student goes on from there."""
+    teacher, dd1 = models.teacher, models.dd1
+    prefix = dd1.teacher_involved_logit_prefix.get(f"teacher_involved_{first}_{last}", dd1.logit_prefix)
+
+    def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
+        q_BLC = sample_teacher_involved(
+            models.dd1_student,
+            teacher,
+            sample_noise(seed, indices_B, teacher, teacher.codebook_VC.shape[1]).to(models.device),
+            labels_B.to(models.device),
+            (first - 1, last - 1),
+            prefix,
+            models.sampling,
+            _categorical(models, seed, indices_B),
+        )
+        return teacher.decode(q_BLC)
+
+    return _Built(draw, (last - first) + (1 if first == 1 else 2), (_transformer(models), models.dd1_student))
+
+
+def _skip(models: Models, skipped: int) -> _Built:
+    def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
+        pick = _categorical(models, seed, indices_B)
+        ids_BL = sample_skipping(models.teacher, labels_B.to(models.device), skipped, models.sampling, pick)
+        return _decode_ids(models.teacher, ids_BL)
+
+    return _Built(draw, models.teacher.layout.num_levels - skipped, (_transformer(models),))
+
+
+def _onestep_class(models: Models) -> _Built:
+    """Every token independently from its class-conditional marginal."""
+    ids_NL, labels_N = models.drawn_tokens
+    marginals_KLV = token_marginals(ids_NL, labels_N, models.teacher.num_classes, len(models.teacher.codebook_VC))
+    return _Built(_independent(models, marginals_KLV, lambda labels_B: labels_B), 1, ())
+
+
+def _onestep_star(models: Models) -> _Built:
+    """DD1's baseline: every token independently from its marginal over all classes."""
+    ids_NL, labels_N = models.drawn_tokens
+    pooled_1LV = token_marginals(ids_NL, torch.zeros_like(labels_N), 1, len(models.teacher.codebook_VC))
+    return _Built(_independent(models, pooled_1LV, torch.zeros_like), 1, ())
+
+
+def _independent(models: Models, marginals_KLV: Tensor, which: Callable[[Tensor], Tensor]) -> Draw:
+    def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
+        uniforms_BL = torch.from_numpy(uniforms(seed, Stream.CATEGORICAL, indices_B, models.teacher.layout.length))
+        ids_BL = sample_marginals(marginals_KLV, which(labels_B), uniforms_BL)
+        return _decode_ids(models.teacher, ids_BL.to(models.device))
+
+    return draw
+
+
+_BUILDERS: Final[dict[str, Callable[..., _Built]]] = {
+    "teacher": _teacher,
+    "teacher_flow": _teacher_flow,
+    "dd1": _dd1,
+    "teacher_involved": _teacher_involved,
+    "skip": _skip,
+    "onestep_class": _onestep_class,
+    "onestep_star": _onestep_star,
+}
+
+
+def _categorical(models: Models, seed: int, indices_B: Indices) -> Picker:
+    layout = models.teacher.layout
+    uniforms_BL = torch.from_numpy(uniforms(seed, Stream.CATEGORICAL, indices_B, layout.length))
+    return categorical_picker(layout, uniforms_BL.to(models.device))
+
+
+def _transformer(models: Models) -> torch.nn.Module:
+    return models.teacher.get_submodule("transformer")
 
 
 def _decode_ids(teacher: Teacher, ids_BL: Tensor) -> Tensor:
     return teacher.decode(F.embedding(ids_BL, teacher.codebook_VC))
-
-
-def reconstruct(teacher: Teacher, images_NIHW: Tensor, batch_size: int) -> Tensor:
-    """The reference images through the tokenizer and back, uint8: the floor of every row."""
-    with torch.inference_mode():
-        batches = [_decode_ids(teacher, teacher.tokenizer.encode(batch)) for batch in images_NIHW.split(batch_size)]
-        return to_uint8(torch.cat(batches))
-
-
-def sample_teacher_row(teacher: Teacher, sampling: SamplingConfig, protocol: Protocol, seed: int) -> Tensor:
-    """Row ``teacher``: ordinary autoregressive sampling, uint8 images (count, I, H, W)."""
-
-    def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
-        uniforms_BL = torch.from_numpy(uniforms(seed, Stream.CATEGORICAL, indices_B, teacher.layout.length))
-        pick = categorical_picker(teacher.layout, uniforms_BL)
-        return _decode_ids(teacher, sample_teacher(teacher, labels_B, sampling, pick))
-
-    return collect(protocol, TEACHER, decode)
-
-
-def sample_flow_row(
-    teacher: Teacher, sampling: SamplingConfig, solver: FlowMapConfig, protocol: Protocol, seed: int
-) -> Tensor:
-    """Row ``teacher_flow``: the teacher through the flow map, what the trajectories are made of."""
-
-    def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
-        noise_BLC = sample_noise(seed, indices_B, teacher, teacher.codebook_VC.shape[1])
-        pick = flow_picker(teacher.layout, teacher.codebook_VC, noise_BLC, solver)
-        return _decode_ids(teacher, sample_teacher(teacher, labels_B, sampling, pick))
-
-    return collect(protocol, TEACHER_FLOW, decode)
-
-
-def sample_dd1(
-    student: Student, teacher: Teacher, config: DD1Config, steps: int, protocol: Protocol, seed: int
-) -> Tensor:
-    """Row ``dd1_<steps>step``: the student from its first ``steps`` start positions."""
-    codebook_VC = teacher.codebook_VC
-
-    def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
-        noise_BLC = sample_noise(seed, indices_B, student, codebook_VC.shape[1])
-        starts = config.start_positions[:steps]
-        return teacher.decode(sample_student(student, codebook_VC, noise_BLC, labels_B, starts, config.logit_prefix))
-
-    return collect(protocol, dd1_row(steps), decode)
-
-
-def sample_independent(teacher: Teacher, marginals_KLV: Tensor, protocol: Protocol, seed: int) -> Tensor:
-    """Rows ``onestep_star`` and ``onestep_class``: every token independently from the marginals of its class."""
-
-    def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
-        uniforms_BL = torch.from_numpy(uniforms(seed, Stream.CATEGORICAL, indices_B, teacher.layout.length))
-        return _decode_ids(teacher, sample_marginals(marginals_KLV, labels_B, uniforms_BL))
-
-    return collect(protocol, "independent tokens", decode)

@@ -166,7 +166,7 @@ def _locate(file: HubFile, records: HubRecords) -> _Located:
         # In a cache, the directory of a file's snapshot is its commit.
         return _Located(file, pinned or _snapshot_commit(Path(cached), file.name), expected, Path(cached))
     url = hf_hub_url(file.repo, file.name, revision=pinned or file.revision, endpoint=_endpoint())
-    metadata = _with_retries(str(file), lambda: get_hf_file_metadata(url, endpoint=_endpoint()))
+    metadata = with_retries(str(file), lambda: get_hf_file_metadata(url, endpoint=_endpoint()))
     if metadata.commit_hash is None or metadata.etag is None:
         raise DownloadError(f"{file}: {url} was not answered by a Hugging Face hub; check HF_ENDPOINT and the proxy")
     if pinned and metadata.commit_hash != pinned:
@@ -199,14 +199,14 @@ def _download(item: _Located) -> Path:
     blob.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(partial.with_name(f"{partial.name}.lock")):
         if not blob.exists():
-            _with_retries(str(item.file), lambda: _continue(item, partial))
+            with_retries(str(item.file), lambda: _continue(item, partial))
             try:
                 verify(partial, item.expected, str(item.file))
             except DownloadError:
                 partial.unlink()
                 raise
             partial.replace(blob)
-    return Path(_with_retries(str(item.file), lambda: _link(item)))
+    return Path(with_retries(str(item.file), lambda: _link(item)))
 
 
 def _continue(item: _Located, partial: Path) -> None:
@@ -232,7 +232,7 @@ def _link(item: _Located) -> str:
     )
 
 
-def _with_retries(what: str, action: Callable[[], T]) -> T:
+def with_retries(what: str, action: Callable[[], T]) -> T:
     """``action()``, again after errors that may pass, later and later.
 
     Raises:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ddops.models.classifier import DigitsClassifier
+from ddops.models.errors import CheckpointError
 from ddops.torchvision_compat import define_missing_operators
 
 PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
@@ -30,17 +33,19 @@ def lpips_distance() -> PerceptualDistance:
     """LPIPS with its VGG-16 backbone.
 
     Raises:
-        RuntimeError: torchvision's VGG-16 weights are neither cached nor to be downloaded.
+        CheckpointError: torchvision's VGG-16 weights are neither cached nor to be downloaded, or damaged.
     """
     define_missing_operators()
     import lpips
 
     try:
         network = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval()
-    except OSError as error:
-        raise RuntimeError(
-            "dd1.perceptual.network lpips_vgg needs torchvision's vgg16 weights, which could not be downloaded "
-            f"({error}). Put vgg16-397923af.pth into the hub/checkpoints folder of TORCH_HOME."
+    # torch.hub raises OSError without a network, and RuntimeError where the file's hash is not the published one.
+    except (OSError, RuntimeError) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise CheckpointError(
+            f"LPIPS (lpips_vgg) needs torchvision's VGG-16 weights, which could not be had ({error}). Download "
+            f"https://download.pytorch.org/models/vgg16-397923af.pth elsewhere and copy it to {folder}"
         ) from error
 
     def distance(a_BIHW: Tensor, b_BIHW: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class TeacherSession(ABC):
 
     @abstractmethod
     def append(self, ids_Bl: Tensor) -> None:
-        """Fix the tokens of the level last asked for."""
+        """Fix the tokens of the next level; of a level that was not asked for, they are a given prefix."""
 
 
 class Teacher(nn.Module, ABC):

@@ -346,10 +346,9 @@ class VARSession(BackboneSession):
     def append(self, ids_Bl: Tensor) -> None:
         """See :meth:`TeacherSession.append`.
 
-        Raises RuntimeError where no level has been asked for, ValueError where the shape is not that level's.
+        Raises RuntimeError after the last level, ValueError where the shape is not the level's.
         """
-        if self._hidden_BlD is None:
-            raise RuntimeError("append follows next_log_probs")
+        self.next_hidden()  # of a prefix that was not asked for: its keys and values are needed
         if ids_Bl.shape != (expected := (self._batch, self._teacher.layout.sizes[self._level])):
             raise ValueError(f"ids are {tuple(ids_Bl.shape)}, the level is {expected}")
         if self._level + 1 < self._teacher.layout.num_levels:

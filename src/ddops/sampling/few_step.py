@@ -60,11 +60,24 @@ def sample_student(
     _check_schedule(start_positions, logit_prefix, student.layout.num_levels)
     x_BLC = noise_BLC
     for start in start_positions:
-        start_B = torch.full_like(labels_B, start)
-        x_BLC = renoise(x_BLC, noise_BLC, start_B, student.layout)
-        output = student(x_BLC, labels_B, start_B, needs_logits(start, logit_prefix, student.layout))
-        x_BLC = final_sequence(x_BLC, output, codebook_VC, start, logit_prefix, student.layout)
+        x_BLC = student_step(student, codebook_VC, x_BLC, noise_BLC, labels_B, start, logit_prefix)
     return x_BLC
+
+
+def student_step(
+    student: Student,
+    codebook_VC: Tensor,
+    x_BLC: Tensor,
+    noise_BLC: Tensor,
+    labels_B: Tensor,
+    start: int,
+    logit_prefix: int,
+) -> Tensor:
+    """One step: the sequence (B, L, C) whose first ``start`` levels are those of ``x_BLC``."""
+    start_B = torch.full_like(labels_B, start)
+    x_BLC = renoise(x_BLC, noise_BLC, start_B, student.layout)
+    output = student(x_BLC, labels_B, start_B, needs_logits(start, logit_prefix, student.layout))
+    return final_sequence(x_BLC, output, codebook_VC, start, logit_prefix, student.layout)
 
 
 def _check_schedule(start_positions: tuple[int, ...], logit_prefix: int, num_levels: int) -> None:

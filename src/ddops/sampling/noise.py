@@ -43,6 +43,8 @@ class Stream(IntEnum):
     START = 4
     RENOISE = 5
     SHUFFLE = 6
+    PATH = 7
+    PATH_PLACE = 8
 
 
 def philox_words(seed: int, stream: int, indices_N: NDArray[np.int64], count: int) -> Words:

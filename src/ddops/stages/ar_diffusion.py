@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddops.config.dd2 import ARDiffusionConfig, NotTrainedConfig, TrainedARDiffusionConfig
+from ddops.config.evaluation import DigitsFeaturesConfig, FeaturesConfig
 from ddops.config.models import SamplingConfig
-from ddops.config.stages import DigitsFeaturesConfig, FeaturesConfig
 from ddops.distill.ar_diffusion import ar_diffusion_objective
-from ddops.evaluation.rows import sample_noise
+from ddops.evaluation.drawing import sample_noise
 from ddops.models.ar_diffusion import ARDiffusion, new_ar_diffusion
 from ddops.models.interface import BackboneTeacher
 from ddops.models.weights import load_teacher

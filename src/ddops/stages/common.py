@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ddops.config.load import ConfigError, load_config
+from ddops.evaluation.errors import MetricError
+from ddops.evaluation.production import RegistryError
 from ddops.files import write_json
 from ddops.models.errors import CheckpointError, MayPassError
 from ddops.stages import paths
@@ -25,14 +27,6 @@ class StageError(RuntimeError):
     """A stage that cannot go on. The message says what to do; no traceback is shown."""
 
 
-def inception_not_built(what: str) -> StageError:
-    """The refusal of a stage that would need the published protocols' judge. Never the digits judge instead."""
-    return StageError(
-        f"{what}: the Inception features of the published protocols are not built yet, so no figure can be "
-        "computed; only the digits presets are judged. To look at images: ddops sample <preset>"
-    )
-
-
 class ModelRefusedError(StageError):
     """The gate said no. The pipeline worked; the model is not good enough."""
 
@@ -43,8 +37,8 @@ EXIT_TRY_AGAIN = 75
 sysexits.h). Any other failure that was explained is 1."""
 
 EXPECTED_ERRORS = (
-    *(ConfigError, CheckpointError, DatasetError, StageError, OSError),
-    *(TrainingDiverged, Collapsed, ReplicaLost),
+    *(ConfigError, CheckpointError, MetricError, RegistryError, DatasetError),
+    *(StageError, TrainingDiverged, Collapsed, ReplicaLost, OSError),
 )
 
 

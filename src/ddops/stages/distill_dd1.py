@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import cast
 
 from torch import nn
 
+from ddops.config.evaluation import DigitsFeaturesConfig, FeaturesConfig
 from ddops.config.models import ModelConfig
-from ddops.config.stages import (
-    DD1Config,
-    DigitsFeaturesConfig,
-    FeaturesConfig,
-    ReleasedDD1Config,
-    TrainedDD1Config,
-)
-from ddops.data import digits
+from ddops.config.stages import DD1Config, ReleasedDD1Config, TrainedDD1Config
 from ddops.distill.dd1 import dd1_objective
-from ddops.evaluation.fid import make_fid
-from ddops.evaluation.images import to_uint8
+from ddops.evaluation.drawing import dd1_draw
 from ddops.evaluation.judge import load_classifier
-from ddops.evaluation.rows import Protocol, sample_dd1
 from ddops.hub.acquire import acquire_student, write_origin
 from ddops.losses.perceptual import PerceptualDistance, classifier_distance, lpips_distance
 from ddops.models.interface import Student, Teacher
@@ -30,13 +23,10 @@ from ddops.models.weights import TRANSFORMER as TRANSFORMER_KIND
 from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import require, run_stage
+from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
 from ddops.training.loop import seeded, train
 from ddops.trajectories.dataset import TrajectoryDataset
 from ddops.trajectories.shards import MANIFEST
-
-CURVE_BATCH = 1000
-CURVE_SEED = 2**31
-"""Seed of the samples behind the FID curve: none of the seeds that the evaluation uses."""
 
 
 def distill_dd1(seed: int, features: FeaturesConfig, dd1: DD1Config) -> None:
@@ -69,7 +59,7 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
         checkpoint=checkpoint,
         curves_dir=paths.CURVES / "dd1",
         description="dd1 student",
-        # Other features are not built yet: training goes on without a curve of FIDs.
+        # Inception costs as much an image as a student's pass: published presets train without a curve of FIDs.
         evaluate=_fid_curve(teacher, dd1) if judged else None,
         evaluate_every=dd1.evaluate_every,
     )
@@ -84,18 +74,15 @@ def _perceptual_distance(config: TrainedDD1Config) -> PerceptualDistance:
 
 
 def _fid_curve(teacher: Teacher, config: TrainedDD1Config) -> Callable[[nn.Module], Mapping[str, float]]:
-    """FID of the EMA student in one step and in all steps, on fewer samples than the evaluation's."""
-    data = digits.load()
-    protocol = Protocol(data.labels_N, config.evaluate_count, CURVE_BATCH)
-    fid = make_fid(load_classifier(paths.CLASSIFIER), to_uint8(data.images_NIHW))
+    """FID of the EMA student in one step and in all steps."""
+    fid = FIDCurve(config.evaluate_count)
 
     def curve(model: nn.Module) -> Mapping[str, float]:
-        steps = range(1, len(config.start_positions) + 1)
-        student = cast(Student, model)
-        return {
-            f"fid_{count}step": fid(sample_dd1(student, teacher, config, count, protocol, CURVE_SEED))
-            for count in steps
+        draws = {
+            steps: dd1_draw(cast(Student, model), teacher, config, steps)
+            for steps in range(1, len(config.start_positions) + 1)
         }
+        return {f"fid_{steps}step": fid(partial(draw, CURVE_SEED)) for steps, draw in draws.items()}
 
     return curve
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddops.config.dd2 import DD2Config, NotTrainedConfig, TrainedDD2Config
+from ddops.config.evaluation import DigitsFeaturesConfig, FeaturesConfig
 from ddops.config.models import SamplingConfig
-from ddops.config.stages import DD1Config, DigitsFeaturesConfig, FeaturesConfig
+from ddops.config.stages import DD1Config
 from ddops.distill.dd2 import DD2Objectives, check_diversity, within_class_spread
-from ddops.evaluation.rows import sample_noise
+from ddops.evaluation.drawing import sample_noise
 from ddops.models.ar_diffusion import ARDiffusion, ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.interface import BackboneTeacher, Student
 from ddops.models.registry import build_student

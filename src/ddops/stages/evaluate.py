@@ -4,68 +4,68 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ddops.config.stages import DigitsEvaluateConfig, EvaluateConfig
-from ddops.data import digits
-from ddops.evaluation.fid import class_accuracy, make_fid
-from ddops.evaluation.images import to_uint8
-from ddops.evaluation.judge import load_classifier
-from ddops.files import sha256_file, write_json, write_text
+from ddops.config.evaluation import EvaluateConfig
+from ddops.evaluation.ruler import open_ruler
+from ddops.evaluation.samples import open_samples
+from ddops.files import write_json, write_text
 from ddops.stages import paths
-from ddops.stages.common import StageError, inception_not_built, require, run_stage
+from ddops.stages.common import StageError, require, run_stage
+from ddops.stages.statistics import statistics_file
 
 
 def evaluate(evaluate: EvaluateConfig) -> None:
     """Write ``reports/metrics.json`` and the same table as CSV for ``dvc plots``.
 
     Raises:
-        StageError: the protocol is not ``digits``, or there are no samples.
+        StageError: there are no samples.
+        MetricError: a figure cannot be computed.
     """
-    if not isinstance(evaluate, DigitsEvaluateConfig):
-        raise inception_not_built(f"evaluate.protocol {evaluate.protocol}")
-    classifier_file = require(paths.CLASSIFIER, "features")
-    classifier = load_classifier(classifier_file)
-    data = digits.load()
-    fid = make_fid(classifier, to_uint8(data.images_NIHW))
-    files = sorted(require(paths.SAMPLES, "sample").glob("*.safetensors"))
-    if not files:
+    ruler = open_ruler(evaluate, require(paths.CLASSIFIER, "features"), statistics_file(evaluate))
+    manifest = json.loads(require(paths.SAMPLES_MANIFEST, "sample").read_text())
+    directories = sorted(path for path in paths.SAMPLES.iterdir() if path.is_dir())
+    if not directories:
         raise StageError(f"{paths.SAMPLES} holds no samples: they are made by the stage sample")
 
     rows: dict[str, dict[str, Any]] = {}
-    for file in tqdm(files, desc="evaluate", unit="row"):
-        runs = list(load_file(file).values())
-        labels_N = data.labels_N[torch.arange(len(runs[0])) % len(data)]
-        fids = [fid(images) for images in runs]
-        accuracies = [class_accuracy(classifier, images, labels_N) for images in runs]
-        rows[file.stem] = {
-            "fid": statistics.mean(fids),
-            "fid_spread": statistics.stdev(fids) if len(fids) > 1 else 0.0,
-            "accuracy": statistics.mean(accuracies),
-            "samples": len(runs[0]),
+    for directory in tqdm(directories, desc="evaluate", unit="row"):
+        runs = []
+        for file in sorted(directory.glob("*.npz")):
+            samples = open_samples(file)
+            runs.append(ruler.figures(samples.batches(evaluate.batch_size), samples.labels_N))
+        rows[directory.name] = {
+            **_summary(runs),
+            "samples": len(samples),
             "runs": len(runs),
+            **manifest["rows"].get(directory.name, {}),
         }
-    protocol = {
-        "name": evaluate.protocol,
-        "reference_images": len(data),
-        "features_sha256": sha256_file(classifier_file),
-        "seeds": list(evaluate.seeds),
-    }
-    write_json(paths.METRICS, {"protocol": protocol, **rows})
+    write_json(paths.METRICS, {"protocol": ruler.facts(), "models": manifest["models"], **rows})
     write_text(paths.ROWS_TABLE, _csv(rows))
 
 
+def _summary(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of every figure over the runs, and its standard deviation."""
+    result = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        result[name] = statistics.mean(values)
+        result[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return result
+
+
 def _csv(rows: dict[str, dict[str, Any]]) -> str:
+    names = [name for name in next(iter(rows.values())) if name not in ("samples", "runs", "passes", "parameters")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "fid", "fid_spread", "accuracy"])
-    for name, row in sorted(rows.items(), key=lambda item: float(item[1]["fid"])):
-        writer.writerow([name, row["fid"], row["fid_spread"], row["accuracy"]])
+    writer.writerow(["row", *names])
+    for row, values in sorted(rows.items(), key=lambda item: float(item[1]["fid"])):
+        writer.writerow([row, *(values[name] for name in names)])
     return text.getvalue()
 
 

@@ -1,26 +1,27 @@
-"""Stage ``features``: train the judge, the digits classifier whose features every figure is computed in."""
+"""Stage ``features``: the judge in whose features every figure is computed: trained here, or fetched."""
 
 from __future__ import annotations
 
-from ddops.config.stages import FeaturesConfig, InceptionFeaturesConfig
+from ddops.config.evaluation import FeaturesConfig, InceptionFeaturesConfig
 from ddops.data import digits
 from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.files import write_json
 from ddops.pretrain.classifier import accuracy, classifier_objective, split
 from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
-from ddops.stages.common import inception_not_built, run_stage
+from ddops.stages.common import run_stage
 from ddops.training.loop import seeded, train
 
 
 def features(seed: int, features: FeaturesConfig) -> None:
-    """Train on all but the held-out images, measure on those.
+    """Write the judge: train the classifier on all but the held-out images, or fetch the published network.
 
     Raises:
-        StageError: the features are not the digits classifier's.
+        CheckpointError: the published weights cannot be had, or are not Inception's.
     """
     if isinstance(features, InceptionFeaturesConfig):
-        raise inception_not_built("features.name inception")
+        _fetch(features)
+        return
     training, heldout = split(digits.load(), features.holdout, seed)
     classifier = seeded(seed, lambda: new_classifier(features))
     checkpoint = checkpoint_file("classifier", [seed, features])
@@ -36,8 +37,23 @@ def features(seed: int, features: FeaturesConfig) -> None:
     )
     classifier.load_state_dict(state)
     save_classifier(paths.CLASSIFIER, classifier.eval(), features)
-    write_json(paths.FEATURES_METRICS, {"heldout_accuracy": accuracy(classifier, heldout), "heldout": len(heldout)})
+    write_json(
+        paths.FEATURES_METRICS,
+        {"name": features.name, "heldout_accuracy": accuracy(classifier, heldout), "heldout": len(heldout)},
+    )
     checkpoint.remove()
+
+
+def _fetch(features: InceptionFeaturesConfig) -> None:
+    # Here, because they are slow to load and training a classifier needs neither.
+    from ddops.evaluation.inception import convert_inception
+    from ddops.hub.files import obtain_file
+
+    weights = obtain_file(features.weights, "features.weights")
+    convert_inception(weights.path, paths.CLASSIFIER, features.layer)
+    write_json(paths.FEATURES_METRICS, {"name": features.name, "layer": features.layer, "origin": weights.origin})
+    origin = {"trained": False, "files": [{"origin": weights.origin, "sha256": weights.sha256}]}
+    write_json(paths.CURVES / "classifier" / "origin.json", origin)
 
 
 if __name__ == "__main__":

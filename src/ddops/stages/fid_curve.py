@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from ddops.data import digits
-from ddops.evaluation.fid import make_fid
+from ddops.evaluation.drawing import Indices, Request, draw_batches
 from ddops.evaluation.images import to_uint8
-from ddops.evaluation.judge import load_classifier
-from ddops.evaluation.rows import Protocol, collect
+from ddops.evaluation.judge import DigitsJudge, load_classifier
+from ddops.evaluation.metrics import frechet_distance, look
 from ddops.stages import paths
 
 CURVE_BATCH: Final = 1000
@@ -26,8 +25,10 @@ class FIDCurve:
 
     def __init__(self, count: int) -> None:
         data = digits.load()
-        self._protocol = Protocol(data.labels_N, count, CURVE_BATCH)
-        self._fid = make_fid(load_classifier(paths.CLASSIFIER), to_uint8(data.images_NIHW))
+        self._request = Request(data.labels_N[torch.arange(count) % len(data)], CURVE_BATCH)
+        self._judge = DigitsJudge(load_classifier(paths.CLASSIFIER))
+        self._reference = look(self._judge, to_uint8(data.images_NIHW).split(CURVE_BATCH)).statistics
 
-    def __call__(self, decode: Callable[[NDArray[np.int64], Tensor], Tensor]) -> float:
-        return self._fid(collect(self._protocol, "fid", decode))
+    def __call__(self, decode: Callable[[Indices, Tensor], Tensor]) -> float:
+        batches = draw_batches(lambda _, indices_B, labels_B: decode(indices_B, labels_B), self._request, 0, "fid")
+        return frechet_distance(look(self._judge, batches).statistics, self._reference)

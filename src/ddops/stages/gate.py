@@ -4,33 +4,63 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
-from ddops.config.stages import GateConfig
-from ddops.evaluation.gate import decide, decision
-from ddops.files import write_json
+from ddops.config.base import plain
+from ddops.config.evaluation import EvaluateConfig, GateConfig
+from ddops.evaluation.gate import Decision, gate_decision
+from ddops.evaluation.production import metrics_in_production
+from ddops.files import sha256_file, sha256_json, write_json
 from ddops.stages import paths
 from ddops.stages.common import ModelRefusedError, require, run_stage
 
 log = logging.getLogger(__name__)
 
 
-def gate(gate: GateConfig) -> None:
+def gate(gate: GateConfig, evaluate: EvaluateConfig) -> None:
     """Write ``reports/gate.json``.
 
     Raises:
-        ModelRefusedError: a rule failed; the decision file is written all the same.
+        ModelRefusedError: a rule failed, or the figures are of another model; the decision is written all the same.
     """
-    metrics = json.loads(require(paths.METRICS, "evaluate").read_text())
-    verdicts = decide(metrics, gate)
-    write_json(paths.GATE_DECISION, decision(verdicts))
-    lines = [verdict.sentence() for verdict in verdicts]
-    if failed := [line for line, verdict in zip(lines, verdicts, strict=True) if not verdict.passed]:
+    paths.GATE_DECISION.unlink(missing_ok=True)
+    decision = decide_now(gate, evaluate)
+    write_json(paths.GATE_DECISION, decision.plain())
+    if not decision.passed:
+        way_out = ""
+        if all(check.passed for check in decision.checks):
+            model = decision.student_sha256[:12]
+            way_out = f" To let the model {model} through all the same: ddops override --reason WHY"
         raise ModelRefusedError(
             "the model is refused\n  "
-            + "\n  ".join(failed)
-            + f"\nNothing was exported. Decision: {paths.GATE_DECISION}"
+            + "\n  ".join(decision.failed())
+            + f"\nNothing was exported. Decision: {paths.GATE_DECISION}.{way_out}"
         )
-    log.info("\n".join(lines))
+    log.info("\n".join(decision.sentences()))
+    if decision.outcome == "overridden" and decision.override is not None:
+        log.warning("OVERRIDDEN by %s: %s", decision.override.by, decision.override.reason)
+
+
+def decide_now(gate: GateConfig, evaluate: EvaluateConfig) -> Decision:
+    """The decision on what lies in the workspace now.
+
+    Raises:
+        StageError: the figures or the model are missing.
+    """
+    metrics: dict[str, Any] = json.loads(require(paths.METRICS, "evaluate").read_text())
+    files = {
+        "tokenizer": require(paths.TOKENIZER, "teacher"),
+        "teacher": require(paths.TRANSFORMER, "teacher"),
+        "dd1": require(paths.DD1_STUDENT, "distill_dd1"),
+    }
+    protocol = {
+        "name": evaluate.protocol,
+        "settings_sha256": sha256_json(plain(evaluate)),
+        "features_sha256": sha256_file(require(paths.CLASSIFIER, "features")),
+    }
+    models = {name: sha256_file(path) for name, path in files.items()}
+    production = metrics_in_production(paths.PRODUCTION)
+    return gate_decision(metrics, gate, models=models, protocol=protocol, production=production)
 
 
 if __name__ == "__main__":

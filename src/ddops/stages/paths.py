@@ -12,6 +12,7 @@ DD1_STUDENT = Path("artifacts/dd1/student.safetensors")
 AR_DIFFUSION = Path("artifacts/ar_diffusion/model.safetensors")
 DD2_GENERATOR = Path("artifacts/dd2/generator.safetensors")
 SAMPLES = Path("data/samples")
+SAMPLES_MANIFEST = SAMPLES / "manifest.json"
 ONNX_BUNDLE = Path("artifacts/onnx")
 BUNDLE = Path("artifacts/bundle")
 
@@ -27,6 +28,10 @@ TRAJECTORIES_THROUGHPUT = REPORTS / "trajectories_throughput.json"
 EXPORT_METRICS = REPORTS / "export.json"
 ENGINE_METRICS = REPORTS / "engines.json"
 REPORT = REPORTS / "index.html"
+MODEL_CARD = REPORTS / "model_card.md"
+
+PRODUCTION = Path("production/registry.json")
+"""Which model is in production, and every step that led there. In Git; the gate depends on it."""
 
 STATE = Path(".ddops/state")
 """Checkpoints of running stages. Outside the stages' outputs, because DVC deletes those before a stage runs."""

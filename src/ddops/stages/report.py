@@ -3,74 +3,62 @@
 from __future__ import annotations
 
 import json
-import platform
-from importlib.metadata import version
 from typing import Any
 
-from ddops.config.stages import GateConfig, TeacherConfig
-from ddops.evaluation.gate import decide, decision
-from ddops.evaluation.report import TITLES, chart, embed_png, read_curve, render, table
-from ddops.files import sha256_file, write_text
+from ddops.evaluation.provenance import provenance
+from ddops.evaluation.report import FACTS, chart, grids, read_curve, render, table
+from ddops.files import write_text
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
 
 
-def report(preset: str, seed: int, teacher: TeacherConfig, gate: GateConfig) -> None:
-    """Write ``reports/index.html``. Works for a refused model too, which has no export to show."""
+def report(preset: str, seed: int) -> None:
+    """Write ``reports/index.html`` and ``reports/model_card.md``, of a refused model too."""
     metrics = json.loads(require(paths.METRICS, "evaluate").read_text())
-    features = json.loads(require(paths.FEATURES_METRICS, "features").read_text())
-    decided = decision(decide(metrics, gate))
-    exported = json.loads(paths.EXPORT_METRICS.read_text()) if decided["passed"] else None
-    rows = table(metrics, len(teacher.model.level_sizes))
-    page = render(
-        preset=preset,
-        seed=seed,
-        summary=_summary(rows),
-        rows=rows,
-        protocol=metrics["protocol"],
-        samples=metrics["teacher"]["samples"],
-        heldout_accuracy=features["heldout_accuracy"],
-        decision=decided,
-        grids=[(TITLES[name], embed_png(paths.GRIDS / f"{name}.png")) for name in TITLES if _has_grid(name)],
-        charts=_charts(),
-        export=exported,
-        provenance=_provenance(),
+    decision = json.loads(require(paths.GATE_DECISION, "gate").read_text())
+    values = {
+        "preset": preset,
+        "seed": seed,
+        "summary": _summary(metrics),
+        "table": table(metrics),
+        "protocol": metrics["protocol"],
+        "samples": max(row["samples"] for name, row in metrics.items() if name not in FACTS),
+        "judge": json.loads(require(paths.FEATURES_METRICS, "features").read_text()),
+        "decision": decision,
+        "export": json.loads(paths.EXPORT_METRICS.read_text()) if decision["passed"] else None,
+        "provenance": provenance(metrics),
+    }
+    pictures = {"grids": grids(paths.GRIDS), "interpolations": grids(paths.GRIDS, interpolations=True)}
+    write_text(paths.REPORT, render("report.html", **values, **pictures, charts=_charts()))
+    write_text(paths.MODEL_CARD, render("model_card.md", **values))
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    student, teacher = metrics.get("dd1_1step"), metrics.get("teacher")
+    if student is None or teacher is None:
+        return "The table compares what was drawn."
+    return (
+        f"{teacher['passes']} teacher steps in 1, FID {student['fid']:.2f} against the teacher's {teacher['fid']:.2f}."
     )
-    write_text(paths.REPORT, page)
-
-
-def _has_grid(name: str) -> bool:
-    return (paths.GRIDS / f"{name}.png").exists()
-
-
-def _summary(rows: list[Any]) -> str:
-    best = min((row for row in rows if row.name == "dd1_1step"), key=lambda row: float(row.fid))
-    teacher = next(row for row in rows if row.name == "teacher")
-    return f"{teacher.steps} teacher steps in 1, FID {best.fid:.2f} against the teacher's {teacher.fid:.2f}."
 
 
 def _charts() -> list[tuple[str, str]]:
-    def curves(stage: str, *names: str) -> dict[str, tuple[list[int], list[float]]]:
-        directory = paths.CURVES / stage / "plots" / "metrics"
-        return {name: read_curve(directory / f"{name}.tsv") for name in names if (directory / f"{name}.tsv").exists()}
-
+    """A chart a training; none of what was fetched."""
     dd1_fids = sorted(path.stem for path in (paths.CURVES / "dd1" / "plots" / "metrics").glob("fid_*.tsv"))
-    return [
-        ("DD1: FID of the EMA student while training", chart(curves("dd1", *dd1_fids), "FID", log=True)),
-        ("DD1: losses", chart(curves("dd1", "cross_entropy", "embedding_error", "perceptual"), "value", log=True)),
-        ("DD1: share of tokens predicted as the flow map does", chart(curves("dd1", "accuracy"), "accuracy")),
-        ("Teacher: cross-entropy", chart(curves("teacher", "loss"), "nats a token")),
-        ("Tokenizer: reconstruction error", chart(curves("tokenizer", "reconstruction_error"), "MSE", log=True)),
-        ("Classifier: cross-entropy", chart(curves("classifier", "loss"), "loss", log=True)),
+    wanted = [
+        ("DD1: FID of the EMA student while training", "dd1", dd1_fids, "FID", True),
+        ("DD1: losses", "dd1", ["cross_entropy", "embedding_error", "perceptual"], "value", True),
+        ("DD1: share of tokens predicted as the flow map does", "dd1", ["accuracy"], "accuracy", False),
+        ("Teacher: cross-entropy", "teacher", ["loss"], "nats a token", False),
+        ("Tokenizer: reconstruction error", "tokenizer", ["reconstruction_error"], "MSE", True),
+        ("Classifier: cross-entropy", "classifier", ["loss"], "loss", True),
     ]
-
-
-def _provenance() -> dict[str, str]:
-    packages = ("ddops", "torch", "torch-fidelity", "onnx", "onnxruntime", "numpy", "scikit-learn")
-    files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, "DD1 student": paths.DD1_STUDENT}
-    facts = {"platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"}
-    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in packages)
-    return facts | {f"sha256 of the {name}": sha256_file(path) for name, path in files.items() if path.exists()}
+    charts = []
+    for title, stage, names, unit, log in wanted:
+        files = [paths.CURVES / stage / "plots" / "metrics" / f"{name}.tsv" for name in names]
+        if curves := {file.stem: read_curve(file) for file in files if file.exists()}:
+            charts.append((title, chart(curves, unit, log=log)))
+    return charts
 
 
 if __name__ == "__main__":

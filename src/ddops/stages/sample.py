@@ -2,88 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
-from safetensors.numpy import save
 from torch import Tensor
 
+from ddops.config.base import plain
+from ddops.config.evaluation import EvaluateConfig
 from ddops.config.models import SamplingConfig
-from ddops.config.stages import DD1Config, DigitsEvaluateConfig, EvaluateConfig, TrajectoriesConfig
-from ddops.data import digits
-from ddops.evaluation import rows
+from ddops.config.stages import DD1Config, TrajectoriesConfig
+from ddops.evaluation.device import accelerator
+from ddops.evaluation.drawing import Request, draw_batches
 from ddops.evaluation.images import grid, save_png, to_uint8
-from ddops.files import atomic_path
-from ddops.models.interface import Student, Teacher
+from ddops.evaluation.protocols import Protocol, open_protocol
+from ddops.evaluation.rows import RECONSTRUCTION, Models, Row, build_row, reconstruct
+from ddops.evaluation.samples import open_samples, pick, write_samples
+from ddops.evaluation.smoothness import interpolate
+from ddops.files import sha256_file, sha256_json, write_json
 from ddops.models.weights import load_student, load_teacher
-from ddops.sampling.teacher import token_marginals
 from ddops.stages import paths
-from ddops.stages.common import inception_not_built, require, run_stage
-from ddops.trajectories.dataset import TrajectoryDataset
+from ddops.stages.common import require, run_stage
+from ddops.stages.statistics import statistics_file
+from ddops.trajectories.shards import MANIFEST
 
-GRID_SCALE = 6
+TILE = 48
+"""Side of an image in a grid, in pixels, for images smaller than that."""
+FRAMES = 9
+"""Images from one end of an interpolation to the other."""
+UNFINISHED = paths.STATE / "samples"
+"""Where files lie until all are drawn: a killed stage goes on after the last whole one."""
 
 
 def sample(
     sampling: SamplingConfig, trajectories: TrajectoriesConfig, dd1: DD1Config, evaluate: EvaluateConfig
 ) -> None:
-    """Write ``data/samples/<row>.safetensors`` (uint8 images a seed) and ``reports/grids/<row>.png``.
+    """Write ``data/samples/<row>/seed<seed>.npz``, ``manifest.json`` beside them, and ``reports/grids/<row>.png``.
 
     Raises:
-        StageError: the protocol is not ``digits``.
+        CheckpointError: the protocol's statistics cannot be had: said before the long work, not after it.
     """
-    if not isinstance(evaluate, DigitsEvaluateConfig):
-        raise inception_not_built(f"evaluate.protocol {evaluate.protocol}")
-    data = digits.load()
-    model = load_teacher(require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher"))
-    student = load_student(require(paths.DD1_STUDENT, "distill_dd1"))
-    protocol = rows.Protocol(data.labels_N, evaluate.samples_per_image * len(data), evaluate.batch_size)
-    samplers = _samplers(model, student, sampling, trajectories, dd1, protocol)
-
-    _write_grid("data", to_uint8(data.images_NIHW), data.labels_N, evaluate)
-    reconstruction = rows.reconstruct(model, data.images_NIHW, evaluate.batch_size)
-    _write_row(rows.RECONSTRUCTION, {0: reconstruction})
-    _write_grid(rows.RECONSTRUCTION, reconstruction, data.labels_N, evaluate)
-    for row, sampler in samplers.items():
-        images = {seed: sampler(seed) for seed in evaluate.seeds}
-        _write_row(row, images)
-        _write_grid(row, images[evaluate.seeds[0]], protocol.labels, evaluate)
-
-
-def _samplers(
-    model: Teacher,
-    student: Student,
-    sampling: SamplingConfig,
-    trajectories: TrajectoriesConfig,
-    dd1: DD1Config,
-    protocol: rows.Protocol,
-) -> dict[str, Callable[[int], Tensor]]:
-    dataset = TrajectoryDataset(paths.TRAJECTORIES, model.codebook_VC.shape[1])
-    ids_NL, codes = dataset.ids_NL.long(), len(model.codebook_VC)
-    marginals_KLV = token_marginals(ids_NL, dataset.labels_N, model.num_classes, codes)
-    pooled_KLV = token_marginals(ids_NL, torch.zeros_like(dataset.labels_N), 1, codes).expand_as(marginals_KLV)
-    samplers: dict[str, Callable[[int], Tensor]] = {
-        rows.TEACHER: lambda seed: rows.sample_teacher_row(model, sampling, protocol, seed),
-        rows.TEACHER_FLOW: lambda seed: rows.sample_flow_row(model, sampling, trajectories, protocol, seed),
+    statistics_file(evaluate)
+    files = {
+        "tokenizer": require(paths.TOKENIZER, "teacher"),
+        "teacher": require(paths.TRANSFORMER, "teacher"),
+        "dd1": require(paths.DD1_STUDENT, "distill_dd1"),
     }
-    for steps in range(1, len(dd1.start_positions) + 1):
-        samplers[rows.dd1_row(steps)] = lambda seed, steps=steps: rows.sample_dd1(  # type: ignore[misc]
-            student, model, dd1, steps, protocol, seed
-        )
-    samplers[rows.ONESTEP_CLASS] = lambda seed: rows.sample_independent(model, marginals_KLV, protocol, seed)
-    samplers[rows.ONESTEP_STAR] = lambda seed: rows.sample_independent(model, pooled_KLV, protocol, seed)
-    return samplers
+    hashes = {name: sha256_file(path) for name, path in files.items()}
+    model = load_teacher(files["tokenizer"], files["teacher"]).to(accelerator())
+    student = load_student(files["dd1"]).to(accelerator())
+    models = Models(model, student, sampling, trajectories, dd1, paths.TRAJECTORIES)
+    rows = [build_row(name, models) for name in evaluate.rows]
+    protocol = open_protocol(evaluate)
+
+    dataset = sha256_file(require(paths.TRAJECTORIES / MANIFEST, "trajectories"))
+    settings = [hashes, dataset, plain(sampling), plain(trajectories), plain(dd1), plain(evaluate)]
+    drawn = _unfinished(sha256_json(settings))
+    if real := protocol.real_images():
+        batches = reconstruct(model, real.images_NIHW, evaluate.batch_size)
+        _draw(drawn / RECONSTRUCTION / "seed0.npz", batches, real.labels_N)
+    for row in rows:
+        for seed in evaluate.seeds:
+            labels_N = protocol.labels(seed, model.num_classes)
+            request = Request(labels_N, evaluate.batch_size)
+            batches = draw_batches(row.draw, request, seed, row.name, protocol.image_size)
+            _draw(drawn / row.name / f"seed{seed}.npz", batches, labels_N)
+    _write_grids(drawn, protocol, model.num_classes, evaluate)
+    _write_interpolations(rows, models, evaluate)
+    facts = {row.name: {"passes": row.passes, "parameters": row.parameters} for row in rows}
+    write_json(drawn / paths.SAMPLES_MANIFEST.name, {"models": hashes, "rows": facts})
+    shutil.rmtree(paths.SAMPLES, ignore_errors=True)
+    paths.SAMPLES.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(drawn, paths.SAMPLES)
+    shutil.rmtree(UNFINISHED)
 
 
-def _write_row(row: str, images: dict[int, Tensor]) -> None:
-    with atomic_path(paths.SAMPLES / f"{row}.safetensors") as temporary:
-        temporary.write_bytes(save({f"seed{seed}": values.numpy() for seed, values in images.items()}))
+def _unfinished(fingerprint: str) -> Path:
+    """The directory of a run with these settings; what runs with others left behind is deleted."""
+    directory = UNFINISHED / fingerprint
+    for other in UNFINISHED.glob("*"):
+        if other != directory:
+            shutil.rmtree(other)
+    return directory
 
 
-def _write_grid(row: str, images_NIHW: Tensor, labels_N: Tensor, evaluate: EvaluateConfig) -> None:
-    """The first few images of every class, a column a class."""
-    columns = [images_NIHW[labels_N == label][: evaluate.grid_per_class] for label in labels_N.unique().tolist()]
-    picture = grid(torch.stack(columns, 1).flatten(0, 1), columns=len(columns), scale=GRID_SCALE)
+def _draw(path: Path, batches: Iterable[Tensor], labels_N: Tensor) -> None:
+    if not path.exists():
+        write_samples(path, batches, labels_N)
+
+
+def _write_grids(drawn: Path, protocol: Protocol, num_classes: int, evaluate: EvaluateConfig) -> None:
+    """The first few images of some classes, a column a class: the same classes, and of one seed, in every grid."""
+    classes = _grid_classes(num_classes, evaluate).tolist()
+    columns = len(classes)
+    for row in (RECONSTRUCTION, *evaluate.rows):
+        if (file := next(iter(sorted((drawn / row).glob("*.npz"))), None)) is not None:
+            images_NIHW = pick(open_samples(file), classes, evaluate.grid_per_class, evaluate.batch_size)
+            _write_grid(row, images_NIHW, columns)
+    if real := protocol.real_images():
+        chosen = [to_uint8(real.images_NIHW[real.labels_N == label][: evaluate.grid_per_class]) for label in classes]
+        _write_grid("data", torch.stack(chosen, 1).flatten(0, 1), columns)
+
+
+def _write_interpolations(rows: Sequence[Row], models: Models, evaluate: EvaluateConfig) -> None:
+    """For every row that is a function of its noise: a line of frames a class, from one noise to another."""
+    labels_K = _grid_classes(models.teacher.num_classes, evaluate)
+    shape = (models.teacher.layout.length, models.teacher.codebook_VC.shape[1])
+    for row in rows:
+        if row.generator is not None:
+            images_NIHW = interpolate(row.generator, labels_K, FRAMES, evaluate.seeds[0], shape)
+            _write_grid(f"interpolation_{row.name}", to_uint8(images_NIHW).cpu(), FRAMES)
+
+
+def _grid_classes(num_classes: int, evaluate: EvaluateConfig) -> Tensor:
+    """Classes shown in grids, spread over all of them."""
+    columns = min(evaluate.grid_classes, num_classes)
+    return torch.arange(columns) * num_classes // columns
+
+
+def _write_grid(row: str, images_NIHW: Tensor, columns: int) -> None:
+    picture = grid(images_NIHW, columns=columns, scale=max(1, TILE // images_NIHW.shape[-1]))
     save_png(picture, paths.GRIDS / f"{row}.png")
 
 

@@ -1,0 +1,177 @@
+"""``ddops promote``, ``ddops rollback``, ``ddops production``: which model is in production, step by recorded step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ddops.commands.arguments import CommandError, Subparsers
+from ddops.commands.repository import commit_and_tag, dvc, git, require_committed, user
+from ddops.config.load import load_config
+from ddops.config.stages import Config
+from ddops.evaluation.gate import decide
+from ddops.evaluation.production import Registry
+from ddops.files import sha256_file
+from ddops.stages import paths
+from ddops.stages.common import StageError
+
+BESIDE: Final = (paths.METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS, paths.MODEL_CARD)
+"""Files that go with a version's bundle, as far as they are there."""
+ORIGIN: Final = (Path("dvc.lock"), Path("dvc.yaml"), paths.PARAMS, Path("src"))
+"""What must be committed, so that the commit says where a version is from."""
+
+
+def register(commands: Subparsers) -> None:
+    """Declare the arguments."""
+    promoting = commands.add_parser(
+        "promote",
+        help="make the model that passed the gate the production model",
+        description="Check the gate's decision against the files in hand, judge the exported graph, copy the bundle to "
+        "production/<version>, track it with DVC, commit the registry and tag the commit with GTO.",
+    )
+    promoting.set_defaults(run=run_promote)
+    rolling = commands.add_parser("rollback", help="return to the production model before, or to a version")
+    rolling.add_argument("--to", metavar="VERSION", help="default: the one before the current")
+    rolling.set_defaults(run=run_rollback)
+    for parser in (promoting, rolling):
+        parser.add_argument("--reason", required=True, help="recorded with the step")
+        parser.add_argument("--by", help="recorded with the step; default: Git's user.name")
+    showing = commands.add_parser("production", help="the model in production, and every step that led there")
+    showing.set_defaults(run=run_show)
+
+
+def run_promote(arguments: argparse.Namespace) -> None:
+    """Promote what is in the workspace. The registry's file is written last: until then nothing has changed."""
+    config = load_config(paths.PARAMS)
+    decision = _fresh_decision(config)
+    files = _exported_files()
+    registry = Registry.load(paths.PRODUCTION)
+    if registry.current is not None and registry.versions[registry.current]["files"] == files:
+        raise CommandError(f"this model is in production already, as {registry.current}")
+    require_committed([path for path in ORIGIN if path.exists()])
+    exported = _judge_export(config)
+
+    version = registry.next_version()
+    directory = paths.PRODUCTION.parent / version
+    _copy_bundle(directory)
+    dvc("add", "--quiet", str(directory))
+    facts = {
+        "preset": config.preset,
+        "bundle": str(directory),
+        "files": files,
+        "source_commit": git("rev-parse", "HEAD"),
+        "decision": decision,
+        "exported": exported,
+        "metrics": json.loads(paths.METRICS.read_text()),
+    }
+    registry.promote(version, facts, by=arguments.by or user(), reason=arguments.reason)
+    tracked = [directory.with_name(f"{version}.dvc"), directory.with_name(".gitignore"), paths.PRODUCTION]
+    message = f"Promote {config.preset} {version}: {arguments.reason}"
+    commit_and_tag(tracked, message, config.preset, version, new=True)
+    print(f"{version} is in production: {directory}. Back to the one before: ddops rollback --reason WHY")
+
+
+def run_rollback(arguments: argparse.Namespace) -> None:
+    """Return to an earlier version, whose bundle must be whole."""
+    registry = Registry.load(paths.PRODUCTION)
+    left, version = registry.current, registry.earlier(arguments.to)
+    facts = registry.versions[version]
+    _require_whole(Path(facts["bundle"]), facts["files"])
+    registry.rollback(version, by=arguments.by or user(), reason=arguments.reason)
+    message = f"Roll back {facts['preset']} from {left} to {version}: {arguments.reason}"
+    commit_and_tag([paths.PRODUCTION], message, facts["preset"], version, new=False)
+    print(f"{version} is in production again: {facts['bundle']}")
+
+
+def run_show(arguments: argparse.Namespace) -> None:
+    """Print the registry."""
+    registry = Registry.load(paths.PRODUCTION)
+    if registry.current is None:
+        print("nothing is in production yet: ddops promote --reason WHY")
+        return
+    print(f"in production: {registry.current}, {registry.versions[registry.current]['bundle']}")
+    for step in registry.history:
+        print(f"  {step['at']}  {step['what']:<9}{step['version']:<8}{step['by']}: {step['reason']}")
+
+
+def _fresh_decision(config: Config) -> dict[str, Any]:
+    """The gate's decision, made anew on the files in hand: a model that changed since is not the one that passed."""
+    from ddops.stages.gate import decide_now
+
+    if not paths.GATE_DECISION.exists():
+        raise CommandError(f"{paths.GATE_DECISION}: missing; run dvc repro gate")
+    try:
+        decided = decide_now(config.gate, config.evaluate)
+    except StageError as error:
+        raise CommandError(str(error)) from error
+    recorded = json.loads(paths.GATE_DECISION.read_text())
+    if not decided.passed:
+        raise CommandError("the gate refuses this model\n  " + "\n  ".join(decided.failed()))
+    if recorded.get("student_sha256") != decided.student_sha256 or not recorded.get("passed"):
+        raise CommandError(f"{paths.GATE_DECISION}: is of another model or refused it; run dvc repro gate")
+    return decided.plain()
+
+
+def _exported_files() -> dict[str, str]:
+    """The bundle's files and their hashes, if it is of the student in hand."""
+    manifest = paths.ONNX_BUNDLE / "manifest.json"
+    if not manifest.exists():
+        raise CommandError(f"{manifest}: missing; run dvc repro export_onnx")
+    stated, student = (
+        json.loads(manifest.read_text())["facts"].get("ddops.student_sha256"),
+        sha256_file(paths.DD1_STUDENT),
+    )
+    if stated != student:
+        raise CommandError(
+            f"{manifest}: is of the student {str(stated)[:12]}, in hand is {student[:12]}; run dvc repro export_onnx"
+        )
+    files = sorted(file for file in paths.ONNX_BUNDLE.rglob("*") if file.is_file())
+    return {str(file.relative_to(paths.ONNX_BUNDLE)): sha256_file(file) for file in files}
+
+
+def _judge_export(config: Config) -> dict[str, Any]:
+    """Figures of the graph's own samples, by the protocol that the model was judged by, at its first seed.
+
+    Raises:
+        CommandError: an export rule fails.
+    """
+    from ddops.commands.exported import judge_exported
+
+    figures = judge_exported(config)
+    metrics: dict[str, Any] = json.loads(paths.METRICS.read_text())
+    known = {**metrics, "export": json.loads(paths.EXPORT_METRICS.read_text()), "exported": figures}
+    verdicts = decide(known, config.gate.export_rules)
+    if failed := [verdict.sentence() for verdict in verdicts if not verdict.passed]:
+        raise CommandError("the exported graph is refused\n  " + "\n  ".join(failed))
+    return {"figures": figures, "rules": [verdict.sentence() for verdict in verdicts]}
+
+
+def _copy_bundle(directory: Path) -> None:
+    """The bundle and what is said of it, under a temporary name until it is whole."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(paths.ONNX_BUNDLE, temporary)
+    for file in BESIDE:
+        if file.exists():
+            shutil.copy2(file, temporary / file.name)
+    # Left behind by a promotion that failed half-way: no version of the registry.
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.replace(directory)
+
+
+def _require_whole(directory: Path, files: Mapping[str, str]) -> None:
+    """Every file with its recorded hash, from DVC's cache where it is not there.
+
+    Raises:
+        CommandError: it is not to be had, or altered.
+    """
+    if not directory.exists():
+        dvc("checkout", f"{directory}.dvc")
+    for name, sha256 in files.items():
+        file = directory / name
+        if not file.exists() or sha256_file(file) != sha256:
+            raise CommandError(f"{file}: missing or altered; restore it with: dvc checkout --force {directory}.dvc")

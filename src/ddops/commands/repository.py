@@ -1,0 +1,73 @@
+"""Git, DVC and GTO as a user would call them: commands, so that what they do can be seen and repeated by hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ddops.commands.arguments import CommandError
+
+STAGE: Final = "production"
+"""GTO's name for where a version is in use."""
+
+
+def git(*arguments: str) -> str:
+    """Output of a Git command; raises CommandError with what Git said."""
+    return _run(["git", *arguments])
+
+
+def dvc(*arguments: str) -> str:
+    """Output of a DVC command; raises CommandError."""
+    return _run([sys.executable, "-m", "dvc", *arguments])
+
+
+def user() -> str:
+    """Git's user.name; raises CommandError where it is not set."""
+    try:
+        return git("config", "user.name")
+    except CommandError:
+        raise CommandError("who is doing this? Set git config user.name, or pass --by NAME") from None
+
+
+def require_committed(paths: Sequence[Path]) -> None:
+    """Raises:
+    CommandError: no Git repository, or something that says where the model is from is not committed.
+    """
+    if changed := git("status", "--porcelain", "--", *map(str, paths)):
+        raise CommandError(
+            f"not committed:\n{changed}\nA version names the commit it is from: git add, git commit, then promote again"
+        )
+
+
+def commit_and_tag(files: Sequence[Path], message: str, preset: str, version: str, *, new: bool) -> None:
+    """Commit these files and nothing else, and tag the commit: a new version, and its being in production.
+
+    Raises:
+        CommandError: Git or GTO refused.
+    """
+    git("add", "--", *map(str, files))
+    git("commit", "--quiet", "--message", message, "--", *map(str, files))
+    if new:
+        _gto("register", preset, "--version", version, "--message", message)
+    # --force: a version that was in production before is assigned once more.
+    _gto("assign", preset, "--version", version, "--stage", STAGE, "--message", message, "--force")
+
+
+def _gto(*arguments: str) -> str:
+    return _run([sys.executable, "-m", "gto", *arguments])
+
+
+def _run(command: Sequence[str]) -> str:
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise CommandError(f"{command[0]}: not installed") from None
+    if result.returncode:
+        said = (result.stderr or result.stdout).strip()
+        raise CommandError(f"{' '.join(command[-6:])}: {said or f'exit code {result.returncode}'}")
+    return result.stdout.strip()

@@ -1,0 +1,220 @@
+"""``ddops table``: every row of the papers' tables, judged and timed in one run, on whatever the workspace holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ddops.commands.arguments import CommandError, Subparsers
+from ddops.config.load import load_config, validate
+from ddops.config.stages import Config
+from ddops.evaluation.papers import FIDS, SPEEDUPS, all_rows, ordering, paper_figure
+from ddops.evaluation.provenance import provenance
+from ddops.evaluation.report import title
+from ddops.files import write_json, write_text
+from ddops.stages import paths
+
+if TYPE_CHECKING:
+    from ddops.evaluation.rows import Models, Row
+    from ddops.evaluation.ruler import Ruler
+
+COLUMNS: Final = {
+    "fid": "{:.2f}",
+    "inception_score": "{:.2f}",
+    "kid": "{:.4f}",
+    "precision": "{:.3f}",
+    "recall": "{:.3f}",
+    "accuracy": "{:.1%}",
+    "ppl": "{:.3g}",
+}
+
+
+def register(commands: Subparsers) -> None:
+    """Declare the arguments."""
+    parser = commands.add_parser(
+        "table",
+        help="the papers' tables on the models of this workspace, with times",
+        description="Draw, judge and time the rows that the pipeline leaves out too: teacher-involved, skip-n. Run it "
+        "where the pipeline ran; a row that is judged already is kept when the command is given again.",
+    )
+    parser.add_argument("--rows", default="all", help="names with commas between them; default: all")
+    parser.add_argument("--output", type=Path, default=Path("reports/table.json"), metavar="FILE")
+    parser.add_argument("--timing-batch", type=int, default=64, metavar="N", help="images a timed draw; default: 64")
+    parser.add_argument("--timing-rounds", type=int, default=5, metavar="N", help="draws a row, in turn; default: 5")
+    parser.add_argument("--ppl-samples", type=int, default=2000, metavar="N", help="0 leaves PPL out; default: 2000")
+    parser.add_argument("--ppl-epsilon", type=float, default=1e-2, metavar="X", help="default: 0.01 (ours)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the JSON file and a Markdown table beside it."""
+    config = load_config(paths.PARAMS)
+    names = _names(arguments.rows, config)
+    ruler, models, hashes = _open(config)
+    from ddops.evaluation.rows import build_row
+
+    rows = [build_row(name, models) for name in names]
+    known = {"protocol": ruler.facts(), "models": hashes}
+    result = _begun(arguments.output, known) or {"preset": config.preset, **known, "rows": {}}
+    result["provenance"] = provenance(known)
+    for row in rows:
+        if row.name not in result["rows"]:
+            result["rows"][row.name] = _judge(row, ruler, config, models, arguments)
+            write_json(arguments.output, result)
+    for name, seconds in _time(rows, config, models, arguments.timing_batch, arguments.timing_rounds).items():
+        result["rows"][name]["seconds"] = seconds
+    result["timing"] = {
+        "batch": arguments.timing_batch,
+        "rounds": arguments.timing_rounds,
+        "device": str(models.device),
+    }
+    result["ordering"] = [{"claim": claim, "holds": holds} for claim, holds in ordering(result["rows"])]
+    write_json(arguments.output, result)
+    text = markdown(result, names)
+    write_text(arguments.output.with_suffix(".md"), text)
+    print(text)
+
+
+def markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The table, the papers' figures beside it where there are any, and where their order does not hold."""
+    rows, protocol = {name: result["rows"][name] for name in names}, result["protocol"]["name"]
+    figures = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    head = ["row", "passes", "parameters", *figures, "ms an image", "speed-up", "paper's FID", "paper's speed-up"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, row in rows.items():
+        base = rows["teacher"]["seconds"] if "teacher" in rows else None
+        papers = [paper_figure(table, result["preset"], protocol, name) for table in (FIDS, SPEEDUPS)]
+        cells = [
+            title(name),
+            str(row["passes"]),
+            f"{row['parameters'] / 1e6:.2f} M",
+            *(_cell(figure, row) for figure in figures),
+            f"{1e3 * row['seconds']:.3g}",
+            f"{base / row['seconds']:.1f}x" if base else "-",
+            *("-" if figure is None else f"{figure:g}" for figure in papers),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    order = [
+        f"- {entry['claim']}: {'holds' if entry['holds'] else '**does not hold**'}" for entry in result["ordering"]
+    ]
+    return "\n".join([*lines, "", "The papers' order:", "", *order, ""])
+
+
+def _cell(figure: str, row: Mapping[str, Any]) -> str:
+    if figure not in row:
+        return "-"
+    text = COLUMNS[figure].format(row[figure])
+    spread = row.get(f"{figure}_spread")
+    return text if spread is None or row["runs"] < 2 else f"{text} ± {COLUMNS[figure].format(spread)}"
+
+
+def _names(asked: str, config: Config) -> list[str]:
+    """The rows, checked against the models as those of the pipeline are."""
+    sizes, starts = config.teacher.model.level_sizes, config.dd1.start_positions
+    if asked == "all":
+        return all_rows(sizes, starts, trajectories=config.trajectories.count > 0)
+    import yaml
+
+    names = [name.strip() for name in asked.split(",")]
+    values = yaml.safe_load(paths.PARAMS.read_text())
+    values["evaluate"]["rows"] = list(dict.fromkeys([f"dd1_{config.export.steps}step", *names]))
+    validate(values, "--rows")
+    return names
+
+
+def _open(config: Config) -> tuple[Ruler, Models, dict[str, str]]:
+    from ddops.evaluation.device import accelerator
+    from ddops.evaluation.rows import Models
+    from ddops.evaluation.ruler import open_ruler
+    from ddops.files import sha256_file
+    from ddops.models.weights import load_student, load_teacher
+    from ddops.stages.statistics import statistics_file
+
+    files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, "dd1": paths.DD1_STUDENT}
+    for path in (*files.values(), paths.CLASSIFIER):
+        if not path.exists():
+            raise CommandError(f"{path}: missing; run dvc repro evaluate first")
+    teacher = load_teacher(files["tokenizer"], files["teacher"]).to(accelerator())
+    student = load_student(files["dd1"]).to(accelerator())
+    ruler = open_ruler(config.evaluate, paths.CLASSIFIER, statistics_file(config.evaluate))
+    models = Models(teacher, student, config.sampling, config.trajectories, config.dd1, paths.TRAJECTORIES)
+    return ruler, models, {name: sha256_file(path) for name, path in files.items()}
+
+
+def _begun(output: Path, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run with the same models and protocol left."""
+    if not output.exists():
+        return None
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found if all(found.get(name) == value for name, value in known.items()) else None
+
+
+def _judge(
+    row: Row, ruler: Ruler, config: Config, models: Models, arguments: argparse.Namespace
+) -> dict[str, float | int]:
+    """Mean and spread of every figure over the protocol's seeds. The images are judged as they are drawn."""
+    from ddops.evaluation.drawing import Request, draw_batches
+    from ddops.evaluation.protocols import open_protocol
+
+    protocol, runs = open_protocol(config.evaluate), []
+    for seed in config.evaluate.seeds:
+        labels_N = protocol.labels(seed, models.teacher.num_classes)
+        request = Request(labels_N, config.evaluate.batch_size)
+        batches = draw_batches(row.draw, request, seed, f"{row.name}, seed {seed}", protocol.image_size)
+        figures = ruler.figures(batches, labels_N)
+        if arguments.ppl_samples and row.generator is not None:
+            figures["ppl"] = _path_length(row, config, models, seed, arguments)
+        runs.append(figures)
+    result: dict[str, float | int] = {
+        "passes": row.passes,
+        "parameters": row.parameters,
+        "samples": len(labels_N),
+        "runs": len(runs),
+    }
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        result[name] = statistics.mean(values)
+        result[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return result
+
+
+def _path_length(row: Row, config: Config, models: Models, seed: int, arguments: argparse.Namespace) -> float:
+    import torch
+
+    from ddops.config.evaluation import DigitsEvaluateConfig
+    from ddops.evaluation.drawing import Request
+    from ddops.evaluation.judge import load_classifier
+    from ddops.evaluation.smoothness import path_lengths
+    from ddops.losses.perceptual import classifier_distance, lpips_distance
+
+    assert row.generator is not None
+    on_digits = isinstance(config.evaluate, DigitsEvaluateConfig)
+    distance = classifier_distance(load_classifier(paths.CLASSIFIER)) if on_digits else lpips_distance()
+    labels_N = torch.arange(arguments.ppl_samples) % models.teacher.num_classes
+    shape = (models.teacher.layout.length, models.teacher.codebook_VC.shape[1])
+    request = Request(labels_N, config.evaluate.batch_size)
+    lengths = path_lengths(row.generator, distance, request, seed, shape, arguments.ppl_epsilon)
+    return float(torch.cat(list(lengths)).mean())
+
+
+def _time(rows: Sequence[Row], config: Config, models: Models, batch: int, rounds: int) -> dict[str, float]:
+    """Seconds an image of every row: the median of some draws, in turn so that a busy machine is as busy for all."""
+    import numpy as np
+    import torch
+
+    labels_B = torch.arange(batch) % models.teacher.num_classes
+    taken: dict[str, list[float]] = {row.name: [] for row in rows}
+    for number in range(rounds + 1):
+        for row in rows:
+            started = time.perf_counter()
+            with torch.inference_mode():
+                # To the CPU, so that a GPU has really finished.
+                row.draw(number, np.arange(batch, dtype=np.int64), labels_B).cpu()
+            if number:  # the first round warms up
+                taken[row.name].append((time.perf_counter() - started) / batch)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}

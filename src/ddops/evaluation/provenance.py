@@ -1,0 +1,59 @@
+"""Where figures come from: commit, data hashes, models, machine, versions. As far as each is known here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+PACKAGES: Final = ("ddops", "torch", "torch-fidelity", "onnx", "onnxruntime", "numpy", "scikit-learn", "dvc")
+LOCK: Final = Path("dvc.lock")
+
+
+def provenance(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Facts by name, for people."""
+    facts = {"Git commit": _commit(), **_data_hashes(LOCK)}
+    facts |= {f"sha256 of {name}": sha256 for name, sha256 in metrics.get("models", {}).items()}
+    system = f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores"
+    facts["machine"] = f"{system}, Python {platform.python_version()}"
+    facts["versions"] = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return facts
+
+
+def _commit() -> str:
+    """The commit that is checked out, and whether files differ from it."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--", "src", "params", "params.yaml", "dvc.yaml")
+    except (OSError, subprocess.CalledProcessError):
+        return "not in a Git repository"
+    return f"{head}, with changes since" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _data_hashes(lock: Path) -> dict[str, str]:
+    """DVC's hash of every directory that a stage made, as far as the lock file has it by now."""
+    if not lock.exists():
+        return {}
+    stages = yaml.safe_load(lock.read_text())["stages"]
+    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
+    return {f"DVC {out['path']}": out["md5"] for out in outs if out.get("md5", "").endswith(".dir")}
+
+
+def _processor() -> str:
+    """The processor's name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "processor unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "processor unknown"

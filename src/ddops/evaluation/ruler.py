@@ -1,0 +1,91 @@
+"""A protocol's ruler: who judges, and against what. Two figures compare where their rulers' facts are equal."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from ddops.config.base import plain
+from ddops.config.evaluation import DigitsEvaluateConfig, EvaluateConfig, ImageNetEvaluateConfig
+from ddops.data import digits
+from ddops.evaluation.images import to_uint8
+from ddops.evaluation.inception import load_inception
+from ddops.evaluation.judge import DigitsJudge, Judge, load_classifier
+from ddops.evaluation.metrics import Reference, look, measure
+from ddops.evaluation.moments import read_statistics
+from ddops.evaluation.samples import IMAGES, Samples, open_samples
+from ddops.files import sha256_file, sha256_json
+
+PACKAGES: Final = ("ddops", "torch", "torch-fidelity", "numpy")
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """A judge and a reference."""
+
+    config: EvaluateConfig
+    judge: Judge
+    reference: Reference
+
+    def figures(self, batches: Iterable[Tensor], labels_N: Tensor) -> dict[str, float]:
+        """Every figure of uint8 images (B, I, H, W) drawn for these labels; raises MetricError."""
+        return measure(look(self.judge, batches), labels_N, self.reference, self.judge, self.config)
+
+    def facts(self) -> dict[str, Any]:
+        """What every figure carries."""
+        own: dict[str, Any] = {"labels": "of the real images, over and over"}
+        if isinstance(self.config, ImageNetEvaluateConfig):
+            labels = "as many of every class" if self.config.protocol == "adm_50k" else "drawn at random"
+            own = {"labels": labels, "image_size": self.config.image_size, "resize": self.config.resize}
+        return {
+            "name": self.config.protocol,
+            "features": self.judge.name,
+            "features_sha256": self.judge.sha256,
+            "feature_dim": self.judge.feature_dim,
+            "reference_sha256": self.reference.sha256,
+            "reference_images": self.reference.statistics.count,
+            "seeds": list(self.config.seeds),
+            "settings_sha256": sha256_json(plain(self.config)),
+            "quantisation": "uint8, nearest level",
+            **own,
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+
+
+def open_ruler(config: EvaluateConfig, judge_file: Path, statistics: Path | None) -> Ruler:
+    """The ruler of a protocol, with the weights that the stage ``features`` wrote and, for a published protocol, its
+    file of statistics.
+
+    Raises:
+        CheckpointError: other weights.
+        MetricError: the file of statistics is damaged.
+    """
+    if isinstance(config, DigitsEvaluateConfig):
+        judge: Judge = DigitsJudge(load_classifier(judge_file), sha256_file(judge_file))
+        return Ruler(config, judge, _digits_reference(judge, config.batch_size))
+    if statistics is None:
+        raise ValueError(f"the protocol {config.protocol} needs a file of statistics")
+    judge = load_inception(judge_file, config.resize, sha256_file(judge_file))
+    images = _images_in(statistics)
+    features_NF = None if images is None else look(judge, images.batches(config.batch_size)).features_NF
+    return Ruler(config, judge, Reference(read_statistics(statistics), features_NF, sha256_file(statistics)))
+
+
+def _digits_reference(judge: Judge, batch_size: int) -> Reference:
+    images_NIHW = to_uint8(digits.load().images_NIHW)
+    seen = look(judge, images_NIHW.split(batch_size))
+    return Reference(seen.statistics, seen.features_NF, hashlib.sha256(images_NIHW.numpy().tobytes()).hexdigest())
+
+
+def _images_in(statistics: Path) -> Samples | None:
+    """The real images of an ADM reference batch, if the file has any."""
+    if not zipfile.is_zipfile(statistics) or IMAGES not in zipfile.ZipFile(statistics).namelist():
+        return None
+    return open_samples(statistics)
