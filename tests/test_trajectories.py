@@ -354,6 +354,30 @@ class DiesOnce:
         return self.make_shard(plan)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "in_this_process"),
+        ({"DDOPS_WORKERS": "3"}, ("processes", 3)),
+        ({"DDOPS_DASK": "local", "DDOPS_WORKERS": "4"}, ("dask", None, 4)),
+        ({"DDOPS_DASK": "tcp://127.0.0.1:8786"}, ("dask", "tcp://127.0.0.1:8786", 2)),
+    ],
+)
+def test_the_environment_says_where_the_stage_makes_its_shards(monkeypatch, settings, expected):
+    for name, value in {"DDOPS_WORKERS": None, "DDOPS_DASK": None, **settings}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mappers, "processes", lambda count: ("processes", count))
+    monkeypatch.setattr(mappers, "dask", lambda address, workers: ("dask", address, workers))
+    chosen = mappers.from_environment()
+    assert chosen == (in_this_process if expected == "in_this_process" else expected)
+
+
+def test_a_number_of_workers_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("DDOPS_WORKERS", "many")
+    with pytest.raises(DatasetError, match="DDOPS_WORKERS=many"):
+        mappers.from_environment()
+
+
 def test_a_dask_worker_killed_half_way_loses_and_repeats_nothing(tmp_path, complete):
     """A real worker process, dead by SIGKILL as it makes the third shard: the cluster goes on to the same bytes."""
     cluster, marker = mappers.dask(workers=2), tmp_path / "marker"

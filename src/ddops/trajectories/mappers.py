@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +17,25 @@ from ddops.trajectories.shards import DatasetError, ShardPlan
 Made = TypeVar("Made")
 Mapper = Callable[[Callable[[ShardPlan], Any], Sequence[ShardPlan]], Iterator[Any]]
 """Applies a function to every plan and yields the results in any order. The function may travel to other processes."""
+
+
+WORKERS = "DDOPS_WORKERS"
+DASK = "DDOPS_DASK"
+
+
+def from_environment() -> Mapper:
+    """What the stage uses: a Dask cluster where ``DDOPS_DASK`` is its scheduler's address or ``local``, or
+    ``DDOPS_WORKERS`` processes. Not parameters of the pipeline, because the bytes do not depend on them.
+
+    Raises:
+        DatasetError: the number is none.
+    """
+    given = os.environ.get(WORKERS, "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise DatasetError(f"{WORKERS}={given}: expected a number of processes, 1 or more")
+    if address := os.environ.get(DASK):
+        return dask(None if address == "local" else address, max(2, int(given)))
+    return processes(int(given)) if int(given) > 1 else in_this_process
 
 
 def in_this_process(make: Callable[[ShardPlan], Made], plans: Sequence[ShardPlan]) -> Iterator[Made]:
