@@ -133,6 +133,13 @@ def test_a_singular_covariance_is_refused_and_not_judged(whose):
         frechet_distance(*pair)
 
 
+def test_a_curve_has_a_point_where_all_images_are_the_same():
+    """Then the distance is |m1 - m2|^2 + tr(S2): what a curve shows of a model that has barely begun."""
+    reference, same = streamed(normal(300, 6, 0), 64), streamed(torch.full((100, 6), 2.0), 64)
+    expected = ((2.0 - reference.mean_F) ** 2).sum() + reference.covariance_FF.trace()
+    assert frechet_distance(same, reference, judged=False) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_features_that_are_no_numbers_are_refused(value):
     features_NF = normal(300, 4, 0)

@@ -64,8 +64,11 @@ def look(judge: Judge, batches: Iterable[Tensor]) -> Seen:
     return Seen(torch.cat(features), torch.cat(logits) if logits else None, statistics)
 
 
-def frechet_distance(samples: Statistics, reference: Statistics) -> float:
+def frechet_distance(samples: Statistics, reference: Statistics, *, judged: bool = True) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the distance of two Gaussians (arXiv 1706.08500).
+
+    Where nothing is judged by it, as on the curve of a model that has yet to learn to draw more than one image, a
+    singular covariance is let through.
 
     Raises:
         MetricError: other features, or a covariance that is singular.
@@ -74,7 +77,8 @@ def frechet_distance(samples: Statistics, reference: Statistics) -> float:
         raise MetricError(
             f"the samples have {len(samples.mean_F)} features, the reference {len(reference.mean_F)}: another network"
         )
-    samples.require_regular("samples")
+    if judged:
+        samples.require_regular("samples")
     reference.require_regular("reference")
     pair = [{"mu": one.mean_F, "sigma": one.covariance_FF} for one in (samples, reference)]
     return float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])

@@ -31,4 +31,4 @@ class FIDCurve:
 
     def __call__(self, decode: Callable[[Indices, Tensor], Tensor]) -> float:
         batches = draw_batches(lambda _, indices_B, labels_B: decode(indices_B, labels_B), self._request, 0, "fid")
-        return frechet_distance(look(self._judge, batches).statistics, self._reference)
+        return frechet_distance(look(self._judge, batches).statistics, self._reference, judged=False)
