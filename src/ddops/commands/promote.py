@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddops.commands.arguments import CommandError, Subparsers
-from ddops.commands.repository import commit_and_tag, dvc, git, require_committed, user
+from ddops.commands.repository import commit_and_tag, dvc, git, require_committed, require_tools, user
 from ddops.config.load import load_config
 from ddops.config.stages import Config
 from ddops.evaluation.gate import decide
@@ -46,6 +46,7 @@ def register(commands: Subparsers) -> None:
 
 def run_promote(arguments: argparse.Namespace) -> None:
     """Promote what is in the workspace. The registry's file is written last: until then nothing has changed."""
+    require_tools()
     config = load_config(paths.PARAMS)
     decision = _fresh_decision(config)
     files = _exported_files()
@@ -77,6 +78,7 @@ def run_promote(arguments: argparse.Namespace) -> None:
 
 def run_rollback(arguments: argparse.Namespace) -> None:
     """Return to an earlier version, whose bundle must be whole."""
+    require_tools()
     registry = Registry.load(paths.PRODUCTION)
     left, version = registry.current, registry.earlier(arguments.to)
     facts = registry.versions[version]

@@ -33,6 +33,13 @@ def user() -> str:
         raise CommandError("who is doing this? Set git config user.name, or pass --by NAME") from None
 
 
+def require_tools() -> None:
+    """Raises CommandError where Git, DVC or GTO is missing: before anything is written, not half-way."""
+    git("rev-parse", "--show-toplevel")
+    dvc("root")
+    _gto("--version")
+
+
 def require_committed(paths: Sequence[Path]) -> None:
     """Raises:
     CommandError: no Git repository, or something that says where the model is from is not committed.
@@ -58,7 +65,7 @@ def commit_and_tag(files: Sequence[Path], message: str, preset: str, version: st
 
 
 def _gto(*arguments: str) -> str:
-    return _run([sys.executable, "-m", "gto", *arguments])
+    return _run([sys.executable, "-m", "gto.cli", *arguments])
 
 
 def _run(command: Sequence[str]) -> str:

@@ -1,0 +1,140 @@
+"""The papers' ablations as DVC experiments: a grid is queued, run by DVC, and plotted from what DVC recorded.
+
+    python benchmarks/ablations.py start_positions --queue     # dvc exp run --queue, one experiment a point
+    dvc exp run --run-all                                      # or: dvc queue start --jobs 1
+    python benchmarks/ablations.py start_positions --plot      # benchmarks/results/ablation_start_positions.{json,svg}
+
+``--set section.key=value`` goes into every experiment, e.g. ``--set preset=smoke``. What a point shares with others
+(judge, teacher, trajectories) comes from DVC's run cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ddops.files import write_json
+
+RESULTS = Path("benchmarks/results")
+METRICS = "reports/metrics.json"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings a point, and which rows its plot shows."""
+
+    title: str
+    points: Mapping[str, tuple[str, ...]]
+    rows: tuple[str, ...] = ("dd1_1step", "dd1_2step", "teacher")
+
+
+GRIDS = {
+    "start_positions": Grid(
+        "Second start position k1 (DD1, Fig. 7)",
+        {str(k): (f"dd1.start_positions=[0,{k}]",) for k in (2, 4, 7, 10, 13)},
+    ),
+    "dataset_size": Grid(
+        "Trajectories (DD1, Fig. 8)",
+        {str(count): (f"trajectories.count={count}",) for count in (2000, 4000, 8000, 16000, 32000)},
+    ),
+    "loss_terms": Grid(
+        "Terms of DD1's loss",
+        {
+            "all": (),
+            "no cross-entropy": ("dd1.cross_entropy_weight=0.0",),
+            "no perceptual": ("dd1.perceptual.weight=0.0",),
+            "no embedding": ("dd1.embedding_weight=0.0",),
+        },
+    ),
+    "guidance_rate": Grid(
+        "Updates of DD2's guidance network a generator update",
+        {str(rate): (f"dd2.guidance.updates={rate}",) for rate in (1, 2, 5, 10)},
+        ("dd2_1step", "dd1_1step", "teacher"),
+    ),
+}
+"""Sizes are the digits'. The gate is asked for nothing here: a refused point is a result too."""
+NO_GATE = ("gate=smoke",)
+
+
+def name_of(grid: str, point: str) -> str:
+    """The experiment's name, which DVC makes a Git reference of."""
+    return f"ablation-{grid}-{point}".replace("_", "-").replace(" ", "-")
+
+
+def queue(grid: str, settings: list[str]) -> None:
+    """Queue every point."""
+    for point, own in GRIDS[grid].points.items():
+        overrides = [part for setting in (*NO_GATE, *settings, *own) for part in ("-S", setting)]
+        run(["exp", "run", "--queue", "--name", name_of(grid, point), *overrides])
+    print("queued; next: dvc exp run --run-all")
+
+
+def collect(grid: str) -> dict[str, dict[str, Any]]:
+    """Point -> metrics of its experiment, of those that have run."""
+    wanted = {name_of(grid, point): point for point in GRIDS[grid].points}
+    found: dict[str, dict[str, Any]] = {}
+    for baseline in json.loads(run(["exp", "show", "--json", "--all-commits"])):
+        for branch in baseline.get("experiments") or []:
+            for revision in branch["revs"]:
+                metrics = ((revision.get("data") or {}).get("metrics") or {}).get(METRICS, {}).get("data")
+                if metrics and revision.get("name") in wanted:
+                    found[wanted[revision["name"]]] = metrics
+    return {point: found[point] for point in GRIDS[grid].points if point in found}
+
+
+def plot(grid: str) -> None:
+    """Write the figures and a chart; says which points are missing."""
+    found, spec = collect(grid), GRIDS[grid]
+    if missing := [point for point in spec.points if point not in found]:
+        print(f"not run yet: {', '.join(missing)}", file=sys.stderr)
+    if not found:
+        raise SystemExit(f"no experiment of {grid} has run: --queue, then dvc exp run --run-all")
+    rows = [row for row in spec.rows if all(row in metrics for metrics in found.values())]
+    figures = {point: {row: metrics[row] for row in rows} for point, metrics in found.items()}
+    write_json(RESULTS / f"ablation_{grid}.json", {"title": spec.title, "points": figures})
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        values = [figures[point][row] for point in figures]
+        spreads = [value["fid_spread"] for value in values]
+        axes.errorbar(list(figures), [value["fid"] for value in values], spreads, marker="o", capsize=3, label=row)
+    axes.set(title=spec.title, ylabel="FID")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(RESULTS / f"ablation_{grid}.svg", metadata={"Date": None})
+    print(RESULTS / f"ablation_{grid}.svg")
+
+
+def run(arguments: list[str]) -> str:
+    """Output of a DVC command; ends with what DVC said where it fails."""
+    result = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"dvc {' '.join(arguments[:3])}: {result.stderr.strip() or result.stdout.strip()}")
+    return result.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", choices=GRIDS)
+    parser.add_argument("--queue", action="store_true")
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="section.key=value")
+    arguments = parser.parse_args()
+    if arguments.queue == arguments.plot:
+        parser.error("one of --queue and --plot")
+    if arguments.queue:
+        queue(arguments.grid, arguments.settings)
+    else:
+        plot(arguments.grid)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Promotion and rollback in a real Git repository with the real DVC and GTO: recorded, tagged, tracked, reversible."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import test_gate
+from ddops.cli import main
+from ddops.evaluation.production import Registry
+from ddops.files import sha256_file, write_json
+from ddops.stages import paths
+from test_gate import run_gate
+
+workspace = test_gate.workspace
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def export(content: str) -> None:
+    """A bundle of the student in hand."""
+    paths.ONNX_BUNDLE.mkdir(parents=True, exist_ok=True)
+    (paths.ONNX_BUNDLE / "model.onnx").write_text(content)
+    facts = {"ddops.student_sha256": sha256_file(paths.DD1_STUDENT)}
+    write_json(paths.ONNX_BUNDLE / "manifest.json", {"facts": facts})
+    write_json(paths.EXPORT_METRICS, {"parity": {"largest": 1e-6}})
+
+
+def commit() -> None:
+    git("add", "params.yaml")
+    git("commit", "--quiet", "--allow-empty", "--message", "a training")
+
+
+@pytest.fixture
+def repository(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The gate's workspace, accepted and exported, under Git and DVC."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    git("init", "--quiet", "--initial-branch", "main")
+    git("config", "user.name", "Ada")
+    git("config", "user.email", "ada@example.invalid")
+    subprocess.run(["dvc", "init", "--quiet"], check=True)
+    monkeypatch.setattr("ddops.commands.exported.judge_exported", lambda config: {"fid": 3.1})
+    run_gate()
+    export("first")
+    commit()
+    return workspace
+
+
+def retrain(content: str) -> None:
+    """Another student with figures and a decision of its own."""
+    paths.DD1_STUDENT.write_text(content)
+    metrics = json.loads(paths.METRICS.read_text())
+    metrics["models"]["dd1"] = sha256_file(paths.DD1_STUDENT)
+    write_json(paths.METRICS, metrics)
+    run_gate()
+    export(content)
+    commit()
+
+
+def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["production"]) == 0
+    assert "nothing is in production yet" in capsys.readouterr().out
+
+    assert main(["promote", "--reason", "the first"]) == 0, capsys.readouterr().err
+    first = Path("production/v1.0.0")
+    assert (first / "model.onnx").read_text() == "first"
+    assert json.loads((first / "gate.json").read_text())["outcome"] == "accepted"
+    assert Path("production/v1.0.0.dvc").exists()
+    assert git("status", "--porcelain", "production") == ""
+    registry = Registry.load(paths.PRODUCTION)
+    assert registry.current == "v1.0.0"
+    assert registry.versions["v1.0.0"]["exported"]["figures"] == {"fid": 3.1}
+    assert registry.versions["v1.0.0"]["source_commit"] == git("rev-parse", "HEAD~1")
+    assert set(git("tag").splitlines()) == {"smoke@v1.0.0", "smoke#production#1"}
+
+    assert main(["promote", "--reason", "again"]) == 1
+    assert "in production already, as v1.0.0" in capsys.readouterr().err
+
+    retrain("second")
+    assert main(["promote", "--by", "Bob", "--reason", "it is better"]) == 0, capsys.readouterr().err
+    assert (first / "model.onnx").read_text() == "first", "the previous one stays"
+
+    assert main(["rollback", "--reason", "it was not"]) == 0, capsys.readouterr().err
+    registry = Registry.load(paths.PRODUCTION)
+    assert registry.current == "v1.0.0"
+    assert [(step["what"], step["by"]) for step in registry.history] == [
+        ("promote", "Ada"),
+        ("promote", "Bob"),
+        ("rollback", "Ada"),
+    ]
+    assert "smoke#production#3" in git("tag").splitlines()
+    assert git("log", "-1", "--format=%s") == "Roll back smoke from v2.0.0 to v1.0.0: it was not"
+    assert main(["production"]) == 0
+    assert "in production: v1.0.0" in capsys.readouterr().out
+
+    # The bundle comes back from DVC's cache; an altered one is not returned to.
+    subprocess.run(["rm", "-r", "production/v2.0.0"], check=True)
+    assert main(["rollback", "--to", "v2.0.0", "--reason", "after all"]) == 0, capsys.readouterr().err
+    assert Path("production/v2.0.0/model.onnx").read_text() == "second"
+    model = first / "model.onnx"
+    model.unlink()
+    model.write_text("altered")
+    assert main(["rollback", "--reason", "again"]) == 1
+    assert "missing or altered; restore it with: dvc checkout" in capsys.readouterr().err
+    assert Registry.load(paths.PRODUCTION).current == "v2.0.0"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("refused", "the gate refuses this model"),
+        ("undecided", "run dvc repro gate"),
+        ("another student", "run dvc repro export_onnx"),
+        ("uncommitted", "not committed"),
+        ("worse export", "the exported graph is refused"),
+    ],
+)
+def test_what_is_not_promoted(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, message: str
+) -> None:
+    if fault == "refused":
+        paths.DD1_STUDENT.write_text("changed since it was judged")
+    elif fault == "undecided":
+        paths.GATE_DECISION.unlink()
+    elif fault == "another student":
+        write_json(paths.ONNX_BUNDLE / "manifest.json", {"facts": {"ddops.student_sha256": "00" * 32}})
+    elif fault == "uncommitted":
+        paths.PARAMS.write_text(paths.PARAMS.read_text() + "# a note\n")
+    else:
+        monkeypatch.setattr("ddops.commands.exported.judge_exported", lambda config: {"fid": float("nan")})
+    assert main(["promote", "--reason", "because"]) == 1
+    assert message in capsys.readouterr().err
+    assert not paths.PRODUCTION.exists()
+    assert git("tag") == ""
