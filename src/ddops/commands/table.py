@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 COLUMNS: Final = {
     "fid": "{:.2f}",
     "inception_score": "{:.2f}",
-    "kid": "{:.4f}",
+    "kid": "{:.4g}",
     "precision": "{:.3f}",
     "recall": "{:.3f}",
     "accuracy": "{:.1%}",

@@ -34,7 +34,7 @@ FACTS = ("protocol", "models")
 """What the metrics file holds beside rows."""
 FIGURES = {
     "fid": ("FID", "{:.2f}", "lower is better"),
-    "kid": ("KID", "{:.4f}", "lower is better"),
+    "kid": ("KID", "{:.4g}", "lower is better"),
     "inception_score": ("Inception score", "{:.2f}", "higher is better"),
     "precision": ("precision", "{:.3f}", "higher is better"),
     "recall": ("recall", "{:.3f}", "higher is better"),
