@@ -398,7 +398,8 @@ def test_processes_resume_to_the_same_bytes(tmp_path):
     def dying(model, indices_B, step):
         if step == 10 and os.getpid() == parent:
             raise Killed
-        (tmp_path / "pids").write_text(str(os.getpid())) if os.getpid() != parent else None
+        if step == 0 and os.getpid() != parent:
+            (tmp_path / "replica").write_text(str(os.getpid()))
         return smooth_objective(model, indices_B, step)
 
     parent = os.getpid()
@@ -406,7 +407,7 @@ def test_processes_resume_to_the_same_bytes(tmp_path):
     with pytest.raises(Killed):
         train_smooth(tmp_path / "killed", dying, processes=2)
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pids").read_text()), 0)
+        os.kill(int((tmp_path / "replica").read_text()), 0)
     resumed = train_smooth(tmp_path / "killed", processes=2)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
