@@ -173,7 +173,7 @@ class FakeTrajectories:
         self.noise_NLC = torch.randn(12, length, 8, generator=generator)
         self.ids_NL = torch.randint(64, (12, length), generator=generator)
 
-    def batch(self, indices_B):
+    def batch(self, indices_B, step):
         return self.labels_N[indices_B], self.noise_NLC[indices_B], self.ids_NL[indices_B]
 
 

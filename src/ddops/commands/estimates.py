@@ -24,6 +24,8 @@ ACTIVATION_BYTES: Final = 68
 """Of a transformer layer, a token and a channel, kept for the backward pass in float32 (arXiv 2205.05198, eq. 1)."""
 FLOW_COPIES: Final = 6
 """Arrays of the size of a level's logits that the flow map holds at a time."""
+ADAPTIVE_EVALUATIONS: Final = 20
+"""Posterior means a token of the solver `adaptive`, rounded up; trajectories.evaluations is only its limit."""
 DIGITS_IMAGES: Final = 1797
 
 
@@ -98,8 +100,10 @@ def measure(config: Config) -> Measured:
         student_pass = _flops(lambda: student(x_BLC, labels_B, labels_B).logits_BLV)
         decode = _flops(lambda: teacher.decode(x_BLC))
     guided = any(teacher.guidance_scale(sampling.guidance, level) != 1 for level in range(layout.num_levels))
-    codes = sampling.top_k or model.codebook_size
-    flow_map = config.trajectories.evaluations * layout.length * (4.0 * codes * model.code_dim + 8 * codes)
+    codes = model.codebook_size
+    adaptive = config.trajectories.solver == "adaptive"
+    evaluations = ADAPTIVE_EVALUATIONS if adaptive else config.trajectories.evaluations
+    flow_map = evaluations * layout.length * (4.0 * codes * model.code_dim + 8 * codes)
     return Measured(
         transformer=_size(teacher.get_submodule("transformer")),
         tokenizer=_size(teacher.tokenizer),

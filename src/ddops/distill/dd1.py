@@ -15,11 +15,11 @@ from ddops.losses.perceptual import PerceptualDistance
 from ddops.models.interface import Student, Teacher
 from ddops.sampling.few_step import renoise
 from ddops.training.loop import Objective
-from ddops.trajectories.dataset import TrajectoryDataset
+from ddops.trajectories.reader import BatchSource
 
 
 def dd1_objective(
-    teacher: Teacher, dataset: TrajectoryDataset, config: TrainedDD1Config, distance: PerceptualDistance
+    teacher: Teacher, batches: BatchSource, config: TrainedDD1Config, distance: PerceptualDistance
 ) -> Objective:
     """One training step's loss: the student sees the first ``start`` levels as data and the rest as the trajectory's
     own noise, and predicts every later token at once, ``start`` drawn anew for each sample."""
@@ -28,7 +28,7 @@ def dd1_objective(
 
     def objective(model: nn.Module, indices_B: Tensor, step: int) -> Mapping[str, Tensor]:
         student = cast(Student, model)
-        labels_B, noise_BLC, ids_BL = dataset.batch(indices_B)
+        labels_B, noise_BLC, ids_BL = batches.batch(indices_B, step)
         start_B = starts[torch.randint(len(starts), (len(indices_B),))]
         q_BLC = F.embedding(ids_BL, codebook_VC)
         output = student(renoise(q_BLC, noise_BLC, start_B, student.layout), labels_B, start_B)

@@ -25,7 +25,9 @@ from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import require, run_stage
 from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
 from ddops.training.loop import seeded, train
+from ddops.training.schedule import batch_indices
 from ddops.trajectories.dataset import TrajectoryDataset
+from ddops.trajectories.reader import BatchSource, Direct, ReadAhead
 from ddops.trajectories.shards import MANIFEST
 
 
@@ -50,9 +52,13 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
     student.init_from_teacher(teacher)
     inputs = [tokenizer_file, transformer_file, *judge_files, paths.TRAJECTORIES / MANIFEST]
     checkpoint = checkpoint_file("dd1", [seed, dd1], inputs)
+    batches: BatchSource = Direct(dataset)
+    if dd1.training.processes == 1 and not dataset.noise_in_memory:
+        schedule = partial(batch_indices, seed, batch_size=dd1.training.batch_size, dataset_size=len(dataset))
+        batches = ReadAhead(dataset, schedule)
     state = train(
         student,
-        dd1_objective(teacher, dataset, dd1, _perceptual_distance(dd1)),
+        dd1_objective(teacher, batches, dd1, _perceptual_distance(dd1)),
         config=dd1.training,
         seed=seed,
         dataset_size=len(dataset),

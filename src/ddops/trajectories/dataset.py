@@ -57,6 +57,11 @@ class TrajectoryDataset:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    @property
+    def noise_in_memory(self) -> bool:
+        """Whether a batch costs next to nothing."""
+        return self._noise_NLC is not None
+
     def batch(self, indices_B: Tensor) -> TrajectoryBatch:
         """Labels (B,), noise (B, L, C) and token ids (B, L) of the given samples."""
         if self._noise_NLC is not None:
