@@ -27,7 +27,18 @@ pytestmark = pytest.mark.pipeline
 
 ROOT = Path(__file__).parents[1]
 STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
-ROWS = ["data", "reconstruction", "teacher", "teacher_flow", "dd1_1step", "dd1_2step", "onestep_class", "onestep_star"]
+ROWS = [
+    "data",
+    "reconstruction",
+    "teacher",
+    "teacher_flow",
+    "dd1_1step",
+    "dd1_2step",
+    "dd2_1step",
+    "dd2_2step",
+    "onestep_class",
+    "onestep_star",
+]
 PATIENCE = 1200
 """Seconds for one command, on a machine that is busy with other things."""
 
@@ -129,7 +140,16 @@ def test_one_command_leads_from_images_to_an_exported_generator(finished):
     for row in ROWS:
         assert Image.open(workspace / paths.GRIDS / f"{row}.png").width > 100
     # Progress, with rate, on every stage that takes long.
-    for bar in ("classifier:", "tokenizer:", "teacher:", "trajectories:", "dd1 student:", "evaluate:"):
+    for bar in (
+        "classifier:",
+        "tokenizer:",
+        "teacher:",
+        "trajectories:",
+        "dd1 student:",
+        "ar-diffusion:",
+        "dd2 generator:",
+        "evaluate:",
+    ):
         assert re.search(rf"{bar}.*(it|step|sample|row)/s|{bar}.*s/(it|step|sample|row)", output), bar
 
 

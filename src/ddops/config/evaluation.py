@@ -20,6 +20,7 @@ ROW_PATTERNS: Final = {
     "teacher": r"teacher",
     "teacher_flow": r"teacher_flow",
     "dd1": r"dd1_([1-9]\d*)step",
+    "dd2": r"dd2_([1-9]\d*)step",
     "teacher_involved": r"teacher_involved_([1-9]\d*)_([1-9]\d*)",
     "skip": r"skip_([1-9]\d*)",
     "onestep_class": r"onestep_class",

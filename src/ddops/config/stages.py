@@ -264,14 +264,16 @@ class Config:
                 f"export.steps: {self.export.steps} steps need as many dd1.start_positions, "
                 f"which are {self.dd1.start_positions}"
             )
-        if self.export.student == "dd1" and (row := f"dd1_{self.export.steps}step") not in self.evaluate.rows:
+        if (row := f"{self.export.student}_{self.export.steps}step") not in self.evaluate.rows:
             raise ValueError(f"evaluate.rows: {row} is missing, which is what is exported: it must be judged")
 
     def _check_row(self, name: str) -> None:
         """A row must be one that these models can draw."""
         levels, starts = len(self.teacher.model.level_sizes), self.dd1.start_positions
         kind, numbers = parse_row(name)
-        if kind == "dd1" and numbers[0] > len(starts):
+        if kind == "dd2" and self.dd2.source == "none":
+            raise ValueError(f"evaluate.rows: {name} needs a DD2 generator, and dd2.source is none")
+        if kind in ("dd1", "dd2") and numbers[0] > len(starts):
             raise ValueError(f"evaluate.rows: {name} needs {numbers[0]} dd1.start_positions, which are {starts}")
         if kind == "skip" and numbers[0] >= levels:
             raise ValueError(f"evaluate.rows: {name} skips too much, the teacher has {levels} levels")

@@ -6,7 +6,7 @@ A further kind of row is a pattern in ``config/evaluation.py`` and a line in ``_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddops.config.dd2 import DD2Config, NotTrainedConfig
 from ddops.config.evaluation import parse_row
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, FlowMapConfig
@@ -34,6 +35,7 @@ from ddops.sampling.teacher import (
 from ddops.trajectories.dataset import TrajectoryDataset
 
 RECONSTRUCTION: Final = "reconstruction"
+NOT_TRAINED: Final = NotTrainedConfig(source="none")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Models:
     solver: FlowMapConfig
     dd1: DD1Config
     trajectories: Path
+    dd2: DD2Config = NOT_TRAINED
+    generator: Student | None = None
+    """DD2's; None where no row asks for it."""
 
     @cached_property
     def drawn_tokens(self) -> tuple[Tensor, Tensor]:
@@ -135,6 +140,17 @@ def _dd1(models: Models, steps: int) -> _Built:
     return _Built(from_noise(generator, student, code_dim), steps, (student,), generator)
 
 
+def _dd2(models: Models, steps: int) -> _Built:
+    """DD2's generator, sampled as a DD1 student is."""
+    if models.generator is None or isinstance(models.dd2, NotTrainedConfig):
+        raise ValueError("this row needs a DD2 generator, and none was loaded")
+    teacher = models.teacher
+    sampled = replace(models.dd1, logit_prefix=models.dd2.logit_prefix(teacher.layout.num_levels))
+    generator = dd1_generator(models.generator, teacher, sampled, steps)
+    draw = from_noise(generator, models.generator, teacher.codebook_VC.shape[1])
+    return _Built(draw, steps, (models.generator,), generator)
+
+
 def _teacher_involved(models: Models, first: int, last: int) -> _Built:
     """DD1's Table 2, ``n-m`` counted from 1: the teacher draws levels n to m - 1, the student goes on from there."""
     teacher, dd1 = models.teacher, models.dd1
@@ -192,6 +208,7 @@ _BUILDERS: Final[dict[str, Callable[..., _Built]]] = {
     "teacher": _teacher,
     "teacher_flow": _teacher_flow,
     "dd1": _dd1,
+    "dd2": _dd2,
     "teacher_involved": _teacher_involved,
     "skip": _skip,
     "onestep_class": _onestep_class,

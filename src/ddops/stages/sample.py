@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddops.config.base import plain
+from ddops.config.dd2 import DD2Config, TrainedDD2Config
 from ddops.config.evaluation import EvaluateConfig
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, TrajectoriesConfig
@@ -22,6 +23,7 @@ from ddops.evaluation.samples import open_samples, pick, write_samples
 from ddops.evaluation.smoothness import interpolate
 from ddops.files import sha256_file, sha256_json, write_json
 from ddops.models.weights import load_student, load_teacher
+from ddops.models.weights_dd2 import load_generator
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
 from ddops.stages.statistics import statistics_file
@@ -36,7 +38,11 @@ UNFINISHED = paths.STATE / "samples"
 
 
 def sample(
-    sampling: SamplingConfig, trajectories: TrajectoriesConfig, dd1: DD1Config, evaluate: EvaluateConfig
+    sampling: SamplingConfig,
+    trajectories: TrajectoriesConfig,
+    dd1: DD1Config,
+    dd2: DD2Config,
+    evaluate: EvaluateConfig,
 ) -> None:
     """Write ``data/samples/<row>/seed<seed>.npz``, ``manifest.json`` beside them, and ``reports/grids/<row>.png``.
 
@@ -49,15 +55,19 @@ def sample(
         "teacher": require(paths.TRANSFORMER, "teacher"),
         "dd1": require(paths.DD1_STUDENT, "distill_dd1"),
     }
+    trained = isinstance(dd2, TrainedDD2Config)
+    if trained:
+        files["dd2"] = require(paths.DD2_GENERATOR, "distill_dd2")
     hashes = {name: sha256_file(path) for name, path in files.items()}
     model = load_teacher(files["tokenizer"], files["teacher"]).to(accelerator())
     student = load_student(files["dd1"]).to(accelerator())
-    models = Models(model, student, sampling, trajectories, dd1, paths.TRAJECTORIES)
+    generator = load_generator(files["tokenizer"], files["dd2"]).to(accelerator()) if trained else None
+    models = Models(model, student, sampling, trajectories, dd1, paths.TRAJECTORIES, dd2, generator)
     rows = [build_row(name, models) for name in evaluate.rows]
     protocol = open_protocol(evaluate)
 
     dataset = sha256_file(require(paths.TRAJECTORIES / MANIFEST, "trajectories"))
-    settings = [hashes, dataset, plain(sampling), plain(trajectories), plain(dd1), plain(evaluate)]
+    settings = [hashes, dataset, plain(sampling), plain(trajectories), plain(dd1), plain(dd2), plain(evaluate)]
     drawn = _unfinished(sha256_json(settings))
     if real := protocol.real_images():
         batches = reconstruct(model, real.images_NIHW, evaluate.batch_size)
