@@ -37,6 +37,8 @@ from ddops.trajectories.dataset import TrajectoryDataset
 
 CURVE_LEVELS = 8
 """Levels, spread evenly, whose score gap is worth a curve of its own."""
+LEAST_LOG_PROB = -20.0
+"""Stands for minus infinity in a curve."""
 
 
 class Generated(NamedTuple):
@@ -47,6 +49,19 @@ class Generated(NamedTuple):
     """With the gradient."""
     ids_BL: Tensor
     """The codes that teacher and guidance network are shown as conditions: the nearest ones."""
+
+
+class Direction(NamedTuple):
+    """Where a batch is to be moved."""
+
+    direction_BLC: Tensor
+    scale_B: Tensor
+    """What to multiply it by."""
+    gap_L: Tensor
+    """Mean squared difference of the two posterior means at each position."""
+    kl: Tensor | None
+    """Nats a token by which the generator's conditionals, as the guidance network knows them, differ from the
+    teacher's: the divergence of the joint distributions over L. None for a network that models no codes."""
 
 
 class DD2Objectives:
@@ -88,9 +103,11 @@ class DD2Objectives:
         """Conditional score distillation, and the anchor on the trajectories where the preset asks for it."""
         student = cast(Student, generator)
         batch = self.generate(student, len(indices_B))
-        direction_BLC, scale_B, gap_L = self.direction(batch, cast(ARDiffusion, guidance))
-        distillation = csd_loss(batch.q_BLC, direction_BLC, scale_B).mean()
-        values = {"csd": distillation, "score_gap": gap_L.mean(), **self._gap_curves(gap_L)}
+        move = self.direction(batch, cast(ARDiffusion, guidance))
+        distillation = csd_loss(batch.q_BLC, move.direction_BLC, move.scale_B).mean()
+        values = {"csd": distillation, "score_gap": move.gap_L.mean(), **self._gap_curves(move.gap_L)}
+        if move.kl is not None:
+            values["kl"] = move.kl
         if not self.config.anchor_weight:
             return {"loss": distillation, **values}
         anchor = self.anchor(student, indices_B)
@@ -108,9 +125,8 @@ class DD2Objectives:
         return Generated(labels_B, q_BLC, nearest_code(q_BLC.detach(), self.codebook_VC))
 
     @torch.no_grad()
-    def direction(self, batch: Generated, guidance: ARDiffusion) -> tuple[Tensor, Tensor, Tensor]:
-        """Where to move each token (B, L, C), the number to multiply that by (B,), and for the curves the mean squared
-        difference of the two posterior means at each position (L,)."""
+    def direction(self, batch: Generated, guidance: ARDiffusion) -> Direction:
+        """The difference of the two scores at every position, given the generated earlier tokens."""
         labels_B, q_BLC, ids_BL = batch
         log_p_BLV = conditional_log_probs(self.teacher, labels_B, ids_BL, self.sampling)
         hidden_BLD = guidance.hidden(labels_B, ids_BL)
@@ -125,7 +141,8 @@ class DD2Objectives:
             gaps.append((teacher_mean_BLC - guidance_mean_BLC).square().sum(-1).mean(0))
         direction_BLC = torch.stack(directions).mean(0)
         scale_B = gradient_scale(direction_BLC, q_BLC, torch.stack(teacher_means).mean(0), self.config.normalization)
-        return direction_BLC, scale_B, torch.stack(gaps).mean(0)
+        kl = None if guidance.head is not None else token_divergence(guidance.log_probs(hidden_BLD), log_p_BLV)
+        return Direction(direction_BLC, scale_B, torch.stack(gaps).mean(0), kl)
 
     def anchor(self, generator: Student, indices_B: Tensor) -> Tensor:
         """DD1's cross-entropy on the trajectories, from all of its start positions: scalar *(ours)*."""
@@ -140,6 +157,11 @@ class DD2Objectives:
         count = min(CURVE_LEVELS, layout.num_levels)
         levels = {round(index * (layout.num_levels - 1) / max(1, count - 1)) for index in range(count)}
         return {f"score_gap_level{level}": gap_L[layout.positions(level)].mean() for level in sorted(levels)}
+
+
+def token_divergence(log_q_BLV: Tensor, log_p_BLV: Tensor) -> Tensor:
+    """Mean over tokens of KL(q || p), scalar, in nats. A code that p rules out counts with ``LEAST_LOG_PROB``."""
+    return (log_q_BLV.exp() * (log_q_BLV - log_p_BLV.clamp_min(LEAST_LOG_PROB))).sum(-1).mean()
 
 
 def within_class_spread(q_NLC: Tensor, labels_N: Tensor) -> float:

@@ -1,0 +1,52 @@
+"""What is watched while DD2 trains, and the stop on collapse; which combinations of choices are refused."""
+
+import math
+
+import pytest
+import torch
+
+from ddops.config.load import ConfigError
+from ddops.distill.dd2 import check_diversity, token_divergence, within_class_spread
+from ddops.training.errors import Collapsed
+from tiny import tiny
+
+
+def test_divergence_by_hand():
+    """KL of (1/2, 1/2, 0) from (1/4, 1/4, 1/2) is log 2; a code that the teacher rules out stays finite."""
+    log_q = torch.tensor([[[0.5, 0.5, 0.0]]]).clamp_min(1e-30).log()
+    log_p = torch.tensor([[[0.25, 0.25, 0.5]]]).log()
+    assert float(token_divergence(log_q, log_p)) == pytest.approx(math.log(2), abs=1e-6)
+    ruled_out = torch.tensor([[[-math.inf, 0.0, -math.inf]]])
+    assert float(token_divergence(log_q, ruled_out)) == pytest.approx(0.5 * 20 - math.log(2), abs=1e-5)
+
+
+def test_spread_is_around_the_mean_of_each_class():
+    """Classes far apart, each with samples one to either side of its mean: the classes' distance does not count."""
+    labels_N = torch.tensor([0, 0, 1, 1])
+    q_NLC = torch.tensor([[[9.0]], [[11.0]], [[-1.0]], [[1.0]]])
+    assert within_class_spread(q_NLC, labels_N) == pytest.approx(1.0)
+    assert within_class_spread(q_NLC.where(labels_N[:, None, None] == 0, 5.0), labels_N) == pytest.approx(0.5)
+
+
+def test_a_generator_without_variety_stops_the_stage():
+    check_diversity(0.71, 0.7)
+    with pytest.raises(
+        Collapsed, match=r"spread 69% as far as the teacher.s .dd2.min_diversity: 70%"
+    ):
+        check_diversity(0.69, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dd2.output=embeddings"], "dd2.guidance.start teacher knows codes only"),
+        (["dd2.start=ar_diffusion"], "dd2.anchor_weight must be 0 where start is ar_diffusion"),
+        (["dd2.times.min=0.99"], "dd2.times.min 0.99 must be less than max"),
+        (["ar_diffusion=none", "dd2.guidance.start=ar_diffusion"], "ar_diffusion.source: none, but dd2 starts from"),
+        (["dd2=none", "export.student=dd2"], "export.student: dd2, but dd2.source is none"),
+        (["dd2.training.processes=3", "dd2.training.batch_size=3"], "dd2.guidance.batch_size .* of the 3 processes"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny("llamagen", *overrides)
