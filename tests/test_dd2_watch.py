@@ -30,9 +30,7 @@ def test_spread_is_around_the_mean_of_each_class():
 
 def test_a_generator_without_variety_stops_the_stage():
     check_diversity(0.71, 0.7)
-    with pytest.raises(
-        Collapsed, match=r"spread 69% as far as the teacher.s .dd2.min_diversity: 70%"
-    ):
+    with pytest.raises(Collapsed, match=r"spread 69% as far as the teacher.s .dd2.min_diversity: 70%"):
         check_diversity(0.69, 0.7)
 
 

@@ -33,7 +33,9 @@ def row_of(name, family, tokens=None):
     """A row with the untrained models of a family."""
     config = tiny(family, STEPS, "trajectories.tolerance=0.01")
     teacher, student = untrained(family)
-    models = Models(teacher, student, config.sampling, config.trajectories, config.dd1, Path("nowhere"))
+    models = Models(
+        teacher, student, config.sampling, config.trajectories, config.dd1, Path("nowhere"), config.dd2, student
+    )
     # A cached property: what is put there is not read from the disk.
     models.__dict__["drawn_tokens"] = tokens or tokens_of(teacher)
     return build_row(name, models)
@@ -46,7 +48,7 @@ def sampler(name, family, tokens=None):
 
 
 ROWS = ["teacher", "teacher_flow", "dd1_1step", "dd1_2step", "teacher_involved_1_3", "teacher_involved_2_3", "skip_1"]
-ROWS += ["onestep_class"]
+ROWS += ["onestep_class", "dd2_1step", "dd2_2step"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -52,6 +52,7 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig) -> Decision:
         "tokenizer": require(paths.TOKENIZER, "teacher"),
         "teacher": require(paths.TRANSFORMER, "teacher"),
         "dd1": require(paths.DD1_STUDENT, "distill_dd1"),
+        **({"dd2": paths.DD2_GENERATOR} if paths.DD2_GENERATOR.exists() else {}),
     }
     protocol = {
         "name": evaluate.protocol,
