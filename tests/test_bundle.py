@@ -14,7 +14,9 @@ import torch
 
 from ddops.cli import main
 from ddops.config.load import compose, write_params
+from ddops.config.models import HeadConfig
 from ddops.config.stages import EngineConfig, ProfileConfig
+from ddops.export.bundle import Sources, write_bundle
 from ddops.export.engines import build_engines
 from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import EngineFacts, read_manifest, write_manifest
@@ -22,10 +24,12 @@ from ddops.export.provenance import dvc_md5, provenance
 from ddops.export.tensorrt import Machine, choose_engine, library_version, targets
 from ddops.inference import OneStepPipeline
 from ddops.inference.seeds import to_pixels
+from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
+from ddops.models.weights_dd2 import as_backbone, save_generator
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
 from tiny import FAMILIES, PARAMS, tiny, untrained
-from tiny_bundle import FACTS, make_bundle
+from tiny_bundle import FACTS, make_bundle, save_sources
 
 
 def pixels(pipe, labels, **options):
@@ -343,3 +347,65 @@ def test_from_the_hub(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, revision: str(tmp_path))
     with pytest.raises(BundleError, match=r"holds no manifest\.json, so it is no ddops bundle"):
         OneStepPipeline.from_pretrained("me/model")
+
+
+# the stages
+
+
+def stage(workspace, name):
+    """A stage's command line in a workspace."""
+    command = [sys.executable, "-m", f"ddops.stages.{name}"]
+    return subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+
+
+def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, tmp_path):
+    sources = bundle.parent / "bundle-weights"
+    for source, place in (("student", "dd1/student"), ("tokenizer", "teacher/tokenizer")):
+        target = tmp_path / "artifacts" / f"{place}.safetensors"
+        target.parent.mkdir(parents=True)
+        shutil.copy(sources / f"{source}.safetensors", target)
+    write_params(compose(PARAMS, [*FAMILIES["llamagen"], "export.parity_count=4"]), tmp_path / "params.yaml")
+    (tmp_path / "reports").mkdir()
+    gate, metrics = tmp_path / "reports/gate.json", tmp_path / "reports/metrics.json"
+    metrics.write_text(json.dumps({"protocol": {"name": "digits"}, "dd1_1step": {"fid": 7.5}}))
+
+    gate.write_text(json.dumps({"passed": False}))
+    refused = stage(tmp_path, "export_onnx")
+    assert refused.returncode != 0
+    assert "the gate refused this model" in refused.stderr
+    assert not (tmp_path / "artifacts/onnx").exists()
+
+    gate.write_text(json.dumps({"passed": True}))
+    exported = stage(tmp_path, "export_onnx")
+    assert exported.returncode == 0, exported.stderr
+    facts = read_manifest(tmp_path / "artifacts/onnx").facts
+    assert (facts["ddops.fid"], facts["ddops.protocol"], facts["ddops.preset"]) == ("7.5000", "digits", "digits")
+    report = json.loads((tmp_path / "reports/export.json").read_text())
+    assert report["parity"]["equal_tokens"] == 1
+    assert report["parity"]["psnr"] > 80
+
+    built = stage(tmp_path, "build_engine")
+    assert built.returncode == 0, built.stderr
+    assert json.loads((tmp_path / "reports/engines.json").read_text()) == {"flavour": "tensorrt_rtx", "engines": []}
+    assert read_manifest(tmp_path / "artifacts/bundle").engines == ()
+    assert len(OneStepPipeline.from_pretrained(tmp_path / "artifacts/bundle")([1]).images) == 1
+
+
+def test_a_dd2_generator_exports_as_a_dd1_student_does(tmp_path):
+    """The AR-diffusion model as a generator: the same graph's inputs and outputs, the same parity."""
+    config = tiny("llamagen")
+    teacher = as_backbone(untrained("llamagen")[0])
+    torch.manual_seed(1)
+    model = new_ar_diffusion(teacher, HeadConfig(width=32, blocks=1))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    generator = ARDiffusionGenerator(model)
+    sources = save_sources(tmp_path / "weights")
+    save_generator(tmp_path / "generator.safetensors", generator.state_dict(), config.teacher.model, model.head.config)
+    sources = Sources(tmp_path / "generator.safetensors", sources.tokenizer, (0,), 0)
+    export = dataclasses.replace(config.export, parity_count=4)
+    parity = write_bundle(tmp_path / "bundle", sources, export, FACTS)
+    assert parity.largest < 1e-4
+    torch_pipe = OneStepPipeline.from_pretrained(tmp_path / "bundle", backend="torch")
+    onnx_pipe = OneStepPipeline.from_pretrained(tmp_path / "bundle")
+    assert np.abs(pixels(torch_pipe, [1, 2]) - pixels(onnx_pipe, [1, 2])).max() <= 1
