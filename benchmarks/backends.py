@@ -62,7 +62,7 @@ def measure(config: Any, batch: int, rounds: int, teacher: Teacher, backends: di
     @torch.inference_mode()
     def draw_teacher() -> None:
         pick = categorical_picker(teacher.layout, uniforms_BL)
-        ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B), config.teacher.sampling, pick)
+        ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B), config.sampling, pick)
         teacher.decode(F.embedding(ids_BL, teacher.codebook_VC))
 
     runs: dict[str, Callable[[], Any]] = {

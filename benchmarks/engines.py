@@ -111,7 +111,8 @@ def main() -> None:
     results: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     results.setdefault(EXPORT, None)
     results.setdefault(BUILD, {})
-    results |= {"command": " ".join(sys.argv), "cpus": os.cpu_count(), "date": datetime.now(UTC).date().isoformat()}
+    command = " ".join(sys.argv).replace(str(arguments.work), "WORK")
+    results |= {"command": command, "cpus": os.cpu_count(), "date": datetime.now(UTC).date().isoformat()}
     results |= {"preset": arguments.preset, "precision": arguments.precision, "steps": arguments.steps}
     if results[EXPORT] is None:
         results[EXPORT] = run_alone([EXPORT, *shared])

@@ -182,7 +182,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         run = soak if arguments.soak_seconds else measure
         result = run(arguments.bundle, arguments, Path(directory))
-    facts = {"command": " ".join(sys.argv), "date": datetime.now(UTC).date().isoformat(), "cpus": os.cpu_count()}
+    facts = {
+        "command": " ".join(sys.argv).replace(str(arguments.bundle), "BUNDLE"),
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpus": os.cpu_count(),
+    }
     write_json(arguments.output, {**facts, "machine": f"{platform.system()} {platform.machine()}", "result": result})
     print(json.dumps(result, indent=2))
 

@@ -35,7 +35,7 @@ for name, text in json.load(sys.stdin).items():
     print(json.dumps([name, json_format.MessageToDict(config)]))
 """
 ASK = """
-import json, pathlib, shutil, subprocess, sys, time
+import json, pathlib, shutil, subprocess, sys, sysconfig, time
 import numpy as np
 import tritonclient.http as http
 server, repository, port, log = sys.argv[1:5]
@@ -44,6 +44,10 @@ backends = pathlib.Path(log).parent / "backends"
 shutil.copytree(server + "/backends", backends)
 stub = f"{server}/python_backend_stubs/3.{sys.version_info.minor}/triton_python_backend_stub"
 (backends / "python" / "triton_python_backend_stub").symlink_to(stub)  # a link: it finds its libraries from where it is
+# Its models run in a Python that ignores this environment and PYTHONPATH, but looks for modules beside the stub.
+for package in pathlib.Path(sysconfig.get_path("purelib")).iterdir():
+    if not (link := backends / "python" / package.name).exists():
+        link.symlink_to(package)
 command = [server + "/bin/tritonserver", f"--model-repository={repository}", f"--backend-directory={backends}",
            f"--http-port={port}", "--http-address=127.0.0.1", "--allow-grpc=false", "--allow-metrics=false",
            "--model-control-mode=explicit", "--load-model=onestep_python"]
