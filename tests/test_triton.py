@@ -44,15 +44,12 @@ backends = pathlib.Path(log).parent / "backends"
 shutil.copytree(server + "/backends", backends)
 stub = f"{server}/python_backend_stubs/3.{sys.version_info.minor}/triton_python_backend_stub"
 (backends / "python" / "triton_python_backend_stub").symlink_to(stub)  # a link: it finds its libraries from where it is
-# Its models run in a Python that ignores this environment and PYTHONPATH, but looks for modules beside the stub.
-for package in pathlib.Path(sysconfig.get_path("purelib")).iterdir():
-    if not (link := backends / "python" / package.name).exists():
-        link.symlink_to(package)
 command = [server + "/bin/tritonserver", f"--model-repository={repository}", f"--backend-directory={backends}",
            f"--http-port={port}", "--http-address=127.0.0.1", "--allow-grpc=false", "--allow-metrics=false",
            "--model-control-mode=explicit", "--load-model=onestep_python"]
+# Its models run in a Python that ignores this environment and PYTHONPATH but looks into the working directory first.
 with open(log, "w") as stream:
-    process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=sysconfig.get_path("purelib"))
 try:
     client = http.InferenceServerClient(f"127.0.0.1:{port}", concurrency=8, network_timeout=120)
     deadline = time.monotonic() + 150
@@ -72,7 +69,8 @@ try:
         return one
     requests = [([seed] * 2, [0, 1], [seed % 10] * 2) for seed in range(6)]
     waiting = [client.async_infer("onestep_python", [tensor("seed", np.array(s, np.uint64), "UINT64"),
-        tensor("index", np.array(i, np.int64), "INT64"), tensor("class_label", np.array(l, np.int64), "INT64")])
+        tensor("index", np.array(i, np.int64), "INT64"), tensor("class_label", np.array(l, np.int64), "INT64")],
+        outputs=[http.InferRequestedOutput("pixels", binary_data=False)])
         for s, i, l in requests]
     pixels = [one.get_result().as_numpy("pixels").tolist() for one in waiting]
     stats = client.get_inference_statistics("onestep_python")["model_stats"][0]
