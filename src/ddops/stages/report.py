@@ -45,7 +45,13 @@ def _summary(metrics: dict[str, Any]) -> str:
 def _charts() -> list[tuple[str, str]]:
     """A chart a training; none of what was fetched."""
     dd1_fids = sorted(path.stem for path in (paths.CURVES / "dd1" / "plots" / "metrics").glob("fid_*.tsv"))
+    dd2_fids = sorted(path.stem for path in (paths.CURVES / "dd2" / "plots" / "metrics").glob("fid_*.tsv"))
     wanted = [
+        ("DD2: FID of the EMA generator while training", "dd2", dd2_fids, "FID", True),
+        ("DD2: divergence from the teacher", "dd2", ["kl"], "nats a token", False),
+        ("DD2: the two posterior means' difference", "dd2", ["score_gap"], "mean square", True),
+        ("DD2: loss of the guidance network", "dd2", ["guidance_loss"], "nats a token", False),
+        ("AR-diffusion: error of the posterior mean", "ar_diffusion", ["excess"], "mean square", True),
         ("DD1: FID of the EMA student while training", "dd1", dd1_fids, "FID", True),
         ("DD1: losses", "dd1", ["cross_entropy", "embedding_error", "perceptual"], "value", True),
         ("DD1: share of tokens predicted as the flow map does", "dd1", ["accuracy"], "accuracy", False),
