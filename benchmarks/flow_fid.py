@@ -20,37 +20,43 @@ from typing import Any
 
 from ddops.config.load import load_config
 from ddops.evaluation.drawing import Request, draw_batches
+from ddops.evaluation.images import to_uint8
+from ddops.evaluation.judge import DigitsJudge, load_classifier
 from ddops.evaluation.metrics import frechet_distance, look
 from ddops.evaluation.protocols import open_protocol
 from ddops.evaluation.rows import Models, build_row
-from ddops.evaluation.ruler import open_ruler
 from ddops.files import sha256_file, write_json
 from ddops.models.weights import load_teacher
 from ddops.stages import paths
-from ddops.stages.statistics import statistics_file
 
 FIRST_SEED = 1000
+ROWS = ("teacher", "teacher_flow")
 
 
 def measure(seed: int) -> dict[str, float]:
     """FID of both rows for one seed."""
     config = load_config(paths.PARAMS)
+    protocol = open_protocol(config.evaluate)
+    real = protocol.real_images()
+    if config.evaluate.protocol != "digits" or real is None:
+        raise SystemExit(f"{paths.PARAMS}: evaluate.protocol is {config.evaluate.protocol}; this judges digits only")
+    judge = DigitsJudge(load_classifier(paths.CLASSIFIER))
+    batch_size = config.evaluate.batch_size
+    reference = look(judge, to_uint8(real.images_NIHW).split(batch_size)).statistics
     teacher = load_teacher(paths.TOKENIZER, paths.TRANSFORMER)
     models = Models(teacher, None, config.sampling, config.trajectories, config.dd1, paths.TRAJECTORIES)
-    ruler = open_ruler(config.evaluate, paths.CLASSIFIER, statistics_file(config.evaluate))
-    labels_N = open_protocol(config.evaluate).labels(seed, teacher.num_classes)
-    request = Request(labels_N, config.evaluate.batch_size)
-    result: dict[str, float] = {"seed": seed, "samples": len(labels_N)}
-    for name in ("teacher", "teacher_flow"):
-        seen = look(ruler.judge, draw_batches(build_row(name, models).draw, request, seed, name))
-        result[name] = frechet_distance(seen.statistics, ruler.reference.statistics)
+    request = Request(protocol.labels(seed, teacher.num_classes), batch_size)
+    result: dict[str, float] = {"seed": seed, "samples": len(request.labels_N)}
+    for name in ROWS:
+        batches = draw_batches(build_row(name, models).draw, request, seed, name)
+        result[name] = frechet_distance(look(judge, batches).statistics, reference)
     return result
 
 
 def summary(runs: list[dict[str, float]]) -> str:
     """Means with their standard errors, and the ratio with its own."""
     texts, means, errors = [], {}, {}
-    for row in ("teacher", "teacher_flow"):
+    for row in ROWS:
         fids = [run[row] for run in runs]
         means[row], errors[row] = statistics.mean(fids), statistics.stdev(fids) / math.sqrt(len(fids))
         texts.append(f"{row} {means[row]:.3f} +- {errors[row]:.3f} (spread of a seed {statistics.stdev(fids):.3f})")
