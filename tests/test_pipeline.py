@@ -58,7 +58,7 @@ def environment(workspace):
         "DVC_SITE_CACHE_DIR": str(private),
         "GIT_CONFIG_GLOBAL": os.devnull,
         # The commit's hash is in the exported model, which must not depend on the time of day.
-        **dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "2026-01-01T00:00:00Z"),
+        **dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "1767225600 +0000"),
         **{f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "HTTP", "HTTPS")},
     }
 
@@ -134,8 +134,8 @@ def test_one_command_leads_from_images_to_an_exported_generator(finished):
     assert set(ROWS) - {"data"} <= set(metrics)
     report = (workspace / paths.REPORT).read_text()
     assert f"{metrics['dd1_1step']['fid']:.2f}" in report
-    # Beside the grids, the interpolations of the student's two rows.
-    assert report.count("data:image/png;base64,") == len(ROWS) + 2
+    # Beside the grids, the interpolations of the students' four rows.
+    assert report.count("data:image/png;base64,") == len(ROWS) + 4
     assert f"{metrics['dd1_1step']['fid']:.2f}" in (workspace / paths.MODEL_CARD).read_text()
     for row in ROWS:
         assert Image.open(workspace / paths.GRIDS / f"{row}.png").width > 100
