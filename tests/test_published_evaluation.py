@@ -81,7 +81,7 @@ def run_to_metrics(config: Config) -> dict:
     teacher.teacher(config.seed, config.teacher)
     trajectories.trajectories(config.seed, config.teacher, config.trajectories)
     distill_dd1.distill_dd1(config.seed, config.features, config.dd1)
-    sample.sample(config.sampling, config.trajectories, config.dd1, config.evaluate)
+    sample.sample(config.sampling, config.trajectories, config.dd1, config.dd2, config.evaluate)
     evaluate.evaluate(config.evaluate)
     return json.loads(paths.METRICS.read_text())
 
@@ -158,7 +158,7 @@ def test_without_a_network_it_is_said_what_to_put_where(
     config = validate(compose("params", ["preset=tiny_var"]), "here")
     run = {
         "features": lambda: features.features(config.seed, config.features),
-        "sample": lambda: sample.sample(config.sampling, config.trajectories, config.dd1, config.evaluate),
+        "sample": lambda: sample.sample(config.sampling, config.trajectories, config.dd1, config.dd2, config.evaluate),
     }[stage]
     with pytest.raises(DownloadError) as error:
         run()
