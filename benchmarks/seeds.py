@@ -2,8 +2,8 @@
 
     python benchmarks/seeds.py --preset digits --seeds 0 1 2 --output benchmarks/results/digits.json
 
-Run it again to go on: finished seeds are kept. The stages run without DVC, in the order of dvc.yaml, with the gate left
-out (a refused model is a result too).
+Run it again to go on: finished seeds are kept, and with ``--workspaces`` the finished stages of an unfinished one. The
+stages run without DVC, in the order of dvc.yaml, with the gate left out (a refused model is a result too).
 """
 
 from __future__ import annotations
@@ -14,30 +14,38 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ddops.config.load import compose, write_params
 from ddops.files import write_json
 
-STAGES = ("features", "teacher", "trajectories", "distill_dd1", "sample", "evaluate")
+STAGES = (
+    *("features", "teacher", "trajectories", "distill_dd1", "ar_diffusion", "distill_dd2"),
+    *("sample", "evaluate"),
+)
 
 
-def run_seed(preset: str, seed: int, params_dir: Path, overrides: list[str]) -> dict[str, Any]:
-    """Metrics of one run of the pipeline, and the seconds each stage took."""
-    seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as workspace:
-        values = compose(params_dir, [f"preset={preset}", f"seed={seed}", *overrides])
-        write_params(values, Path(workspace) / "params.yaml")
-        for stage in STAGES:
+def run_seed(workspace: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of one run of the pipeline in ``workspace``, and the seconds each stage took."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    params, timings = workspace / "params.yaml", workspace / "seconds.json"
+    if params.exists() and yaml.safe_load(params.read_text()) != values:
+        raise SystemExit(f"{params} is of other parameters: remove {workspace}, or name other --workspaces")
+    write_params(values, params)
+    seconds: dict[str, float] = json.loads(timings.read_text()) if timings.exists() else {}
+    for stage in STAGES:
+        if stage not in seconds:
             started = time.monotonic()
             subprocess.run([sys.executable, "-m", f"ddops.stages.{stage}"], cwd=workspace, check=True)
             seconds[stage] = round(time.monotonic() - started, 1)
-        metrics = json.loads((Path(workspace) / "reports/metrics.json").read_text())
-    return {"seed": seed, "seconds": seconds, "metrics": metrics}
+            write_json(timings, seconds)
+    metrics = json.loads((workspace / "reports/metrics.json").read_text())
+    return {"seed": values["seed"], "seconds": seconds, "metrics": metrics}
 
 
 def summary(runs: list[dict[str, Any]]) -> list[str]:
@@ -58,6 +66,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--params", type=Path, default=Path("params"))
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--workspaces", type=Path, default=Path(".ddops/seeds"), help="where each seed's stages run")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"command": " ".join(sys.argv), "preset": arguments.preset, "runs": []}
@@ -67,7 +76,8 @@ def main() -> None:
     result["machine"] = f"{platform.system()} {platform.machine()}, {platform.processor() or 'CPU'}"
     for seed in arguments.seeds:
         if seed not in [run["seed"] for run in result["runs"]]:
-            result["runs"].append(run_seed(arguments.preset, seed, arguments.params, arguments.overrides))
+            values = compose(arguments.params, [f"preset={arguments.preset}", f"seed={seed}", *arguments.overrides])
+            result["runs"].append(run_seed(arguments.workspaces / f"{arguments.preset}_seed{seed}", values))
             write_json(arguments.output, result)
     print("\n".join(summary(result["runs"])))
 
