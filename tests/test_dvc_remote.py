@@ -1,6 +1,5 @@
 """The data set under DVC: pushed from one clone, pulled into another, where training can start at once."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from moto.server import ThreadedMotoServer
 from ddops.models.weights import TOKENIZER, TRANSFORMER, save_weights
 from ddops.stages import paths
 from ddops.trajectories.dataset import TrajectoryDataset
+from dvc_environment import dvc_environment
 from tiny import contents, tiny, untrained, write_tiny_params
 
 pytestmark = pytest.mark.pipeline
@@ -21,22 +21,10 @@ OVERRIDES = ("trajectories.count=40", "trajectories.shard_size=16", "trajectorie
 
 
 def run(directory, *command, **environment):
-    private = directory.parent / "dvc"
     result = subprocess.run(
         command,
         cwd=directory,
-        env={
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT / "src"),
-            "OMP_NUM_THREADS": "1",
-            "DVC_NO_ANALYTICS": "1",
-            "DVC_GLOBAL_CONFIG_DIR": str(private),
-            "DVC_SYSTEM_CONFIG_DIR": str(private),
-            "DVC_SITE_CACHE_DIR": str(private),
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            **environment,
-        },
+        env=dvc_environment(directory.parent / "dvc", ROOT / "src", **environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

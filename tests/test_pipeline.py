@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 
 from ddops.config.load import compose
 from ddops.stages import paths
+from dvc_environment import dvc_environment
 from tiny import contents
 
 pytestmark = pytest.mark.pipeline
@@ -45,22 +45,13 @@ PATIENCE = 1200
 
 def environment(workspace):
     """This interpreter and the workspace's own code, no configuration of the user's, and no network."""
-    private = workspace.parent / f"{workspace.name}-dvc"
-    return {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(workspace / "src"),
-        # Rounding depends on the number of threads; two would also be slower on models this small.
-        "OMP_NUM_THREADS": "1",
-        "DVC_NO_ANALYTICS": "1",
-        "DVC_GLOBAL_CONFIG_DIR": str(private),
-        "DVC_SYSTEM_CONFIG_DIR": str(private),
-        "DVC_SITE_CACHE_DIR": str(private),
-        "GIT_CONFIG_GLOBAL": os.devnull,
+    return dvc_environment(
+        workspace.parent / f"{workspace.name}-dvc",
+        workspace / "src",
         # The commit's hash is in the exported model, which must not depend on the time of day.
         **dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "1767225600 +0000"),
         **{f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "HTTP", "HTTPS")},
-    }
+    )
 
 
 def run(workspace, *command, fails=False):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from dvc_environment import dvc_environment
+
 ROOT = Path(__file__).parents[1]
 
 STAGES = {
@@ -83,24 +85,14 @@ def ran(workspace):
 
 def environment(workspace):
     """This interpreter and checkout, one thread, no configuration of the user's, nothing of Prefect's, no network."""
-    private = workspace.parent / f"{workspace.name}-dvc"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DDOPS"))}
-    return {
-        **kept,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
-        "OMP_NUM_THREADS": "1",
-        "DVC_NO_ANALYTICS": "1",
-        "DVC_GLOBAL_CONFIG_DIR": str(private),
-        "DVC_SYSTEM_CONFIG_DIR": str(private),
-        "DVC_SITE_CACHE_DIR": str(private),
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        **{
-            f"GIT_{who}_{what}": f"{what.lower()}@example.invalid"
-            for who in ("AUTHOR", "COMMITTER")
-            for what in ("NAME", "EMAIL")
-        },
+    identity = {
+        f"GIT_{who}_{what}": f"{what.lower()}@example.invalid"
+        for who in ("AUTHOR", "COMMITTER")
+        for what in ("NAME", "EMAIL")
     }
+    private = workspace.parent / f"{workspace.name}-dvc"
+    everything = dvc_environment(private, os.pathsep.join([str(ROOT / "src"), str(ROOT)]), **identity)
+    return {name: value for name, value in everything.items() if not name.startswith(("PREFECT", "DDOPS"))}
 
 
 def git(workspace, *arguments):
