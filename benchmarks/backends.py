@@ -55,7 +55,7 @@ def contestants(config: Any, directory: Path, threads: int) -> tuple[Teacher, di
 def measure(config: Any, batch: int, rounds: int, teacher: Teacher, backends: dict[str, Any]) -> dict[str, Any]:
     """Median seconds a batch of each, and the ratios."""
     length, code_dim = teacher.layout.length, teacher.codebook_VC.shape[1]
-    indices_B, labels_B = np.arange(batch), np.arange(batch) % teacher.num_classes
+    indices_B, labels_B = np.arange(batch), np.arange(batch) % teacher.num_conditions
     noise_BLC = normals_array(0, Stream.SAMPLE_NOISE, indices_B, (length, code_dim))
     uniforms_BL = torch.from_numpy(uniforms(0, Stream.CATEGORICAL, indices_B, length))
 

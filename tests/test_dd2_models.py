@@ -45,7 +45,7 @@ def sequences(teacher, count=B, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids_BL = torch.randint(len(teacher.codebook_VC), (count, teacher.layout.length), generator=generator)
     noise_BLC = torch.randn(count, teacher.layout.length, teacher.codebook_VC.shape[1], generator=generator)
-    return torch.arange(count) % teacher.num_classes, ids_BL, noise_BLC
+    return torch.arange(count) % teacher.num_conditions, ids_BL, noise_BLC
 
 
 @pytest.mark.parametrize("family", FAMILIES)

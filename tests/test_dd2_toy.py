@@ -30,9 +30,11 @@ LAYOUT = LevelLayout((1, 1))
 class TableTeacher(BackboneTeacher):
     """The conditionals as a table: row 0 for the first token, row 1 + c for the second one after code c."""
 
+    num_conditions = 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.layout, self.num_classes = LAYOUT, 1
+        self.layout = LAYOUT
         self.config = SimpleNamespace(width=V + 1, code_dim=2)
         self.tokenizer = nn.Module()
         self.tokenizer.codebook_VC = CODES
@@ -65,9 +67,11 @@ class TableTeacher(BackboneTeacher):
 class ToyStudent(Student):
     """The first token sees its own noise, the second one both."""
 
+    num_conditions = 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.layout, self.num_classes = LAYOUT, 1
+        self.layout = LAYOUT
         self.nets = nn.ModuleList(
             nn.Sequential(nn.Linear(size, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, V + 2))
             for size in (2, 4)

@@ -39,7 +39,7 @@ def guided_full_pass(family, ids_BL, level):
     """The distribution of a level given all tokens, from the teacher-forced pass with its training mask."""
     teacher, _ = untrained(family)
     sampling, here = tiny(family).sampling, teacher.layout.positions(level)
-    labels = (LABELS, torch.full_like(LABELS, teacher.num_classes))
+    labels = (LABELS, torch.full_like(LABELS, teacher.num_conditions))
     cond, uncond = (teacher.logits(labels_B, ids_BL)[:, here] for labels_B in labels)
     return guided_log_probs(cond, uncond, teacher.guidance_scale(sampling.guidance, level), sampling)
 

@@ -132,7 +132,7 @@ def test_the_stages_fetch_what_is_not_trained(world: World, family: str) -> None
     teacher.teacher(config.seed, config.teacher)
     trajectories.trajectories(config.seed, config.teacher, config.trajectories)
     distill_dd1.distill_dd1(config.seed, config.features, config.dd1)
-    assert load_student(paths.DD1_STUDENT).num_classes == 10
+    assert load_student(paths.DD1_STUDENT).num_conditions == 10
     for curves in ("tokenizer", "teacher", "dd1"):
         assert (paths.CURVES / curves / "origin.json").exists(), "DVC wants every output"
     manifest = read_manifest(paths.TRAJECTORIES)

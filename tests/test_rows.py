@@ -25,7 +25,7 @@ STEPS = "dd1.start_positions=[0,2]"
 
 def tokens_of(teacher):
     """Ids and labels as trajectories have them, a few of every class."""
-    generator, labels_N = torch.Generator().manual_seed(0), torch.arange(40) % teacher.num_classes
+    generator, labels_N = torch.Generator().manual_seed(0), torch.arange(40) % teacher.num_conditions
     return torch.randint(len(teacher.codebook_VC), (40, teacher.layout.length), generator=generator), labels_N
 
 

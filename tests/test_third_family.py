@@ -63,9 +63,13 @@ class PairsTeacher(Teacher):
     def __init__(self, config: PairsConfig) -> None:
         super().__init__()
         self.layout = LevelLayout(config.level_sizes)
-        self.num_classes = config.num_classes
+        self.classes = config.num_classes
         self.tokenizer = PairsTokenizer(config)
         self.transformer = nn.Embedding((config.num_classes + 1) * 2, config.codebook_size)
+
+    @property
+    def num_conditions(self) -> int:
+        return self.classes
 
     def guidance_scale(self, guidance: float, level: int) -> float:
         return guidance
@@ -90,7 +94,7 @@ class PairsSession(TeacherSession):
     def next_log_probs(self) -> Tensor:
         level = len(self.levels)
         ids_BL = torch.cat(self.levels, dim=1) if self.levels else torch.empty(0)
-        none_B = torch.full_like(self.labels_B, self.teacher.num_classes)
+        none_B = self.teacher.unconditional(self.labels_B)
         cond, uncond = (self.teacher.level_logits(labels_B, level, ids_BL) for labels_B in (self.labels_B, none_B))
         return guided_log_probs(cond, uncond, self.teacher.guidance_scale(self.sampling.guidance, level), self.sampling)
 
@@ -104,8 +108,12 @@ class PairsStudent(Student):
     def __init__(self, config: PairsConfig) -> None:
         super().__init__()
         self.layout = LevelLayout(config.level_sizes)
-        self.num_classes = config.num_classes
+        self.classes = config.num_classes
         self.heads = nn.Linear(config.code_dim, config.codebook_size + config.code_dim)
+
+    @property
+    def num_conditions(self) -> int:
+        return self.classes
 
     def forward(
         self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)

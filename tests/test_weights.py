@@ -228,7 +228,7 @@ def test_registry_builds_each_family(config: ModelConfig) -> None:
     assert isinstance(student, Student)
     assert tokenizer.layout == teacher.layout == student.layout
     assert type(tokenizer) is type(teacher.tokenizer)
-    assert teacher.num_classes == student.num_classes == config.num_classes
+    assert teacher.num_conditions == student.num_conditions == config.num_classes
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,6 @@ def judge_exported(config: Config) -> dict[str, float]:
 
     protocol, seed = open_protocol(config.evaluate), config.evaluate.seeds[0]
     ruler = open_ruler(config.evaluate, paths.CLASSIFIER, statistics_file(config.evaluate))
-    labels_N = protocol.labels(seed, student.num_classes)
+    labels_N = protocol.labels(seed, student.num_conditions)
     request = Request(labels_N, config.evaluate.batch_size)
     return ruler.figures(draw_batches(draw, request, seed, "exported", protocol.image_size), labels_N)

@@ -163,7 +163,7 @@ def _judge(
 
     protocol, runs = open_protocol(config.evaluate), []
     for seed in config.evaluate.seeds:
-        labels_N = protocol.labels(seed, models.teacher.num_classes)
+        labels_N = protocol.labels(seed, models.teacher.num_conditions)
         request = Request(labels_N, config.evaluate.batch_size)
         batches = draw_batches(row.draw, request, seed, f"{row.name}, seed {seed}", protocol.image_size)
         figures = ruler.figures(batches, labels_N)
@@ -195,7 +195,7 @@ def _path_length(row: Row, config: Config, models: Models, seed: int, arguments:
     assert row.generator is not None
     on_digits = isinstance(config.evaluate, DigitsEvaluateConfig)
     distance = classifier_distance(load_classifier(paths.CLASSIFIER)) if on_digits else lpips_distance()
-    labels_N = torch.arange(arguments.ppl_samples) % models.teacher.num_classes
+    labels_N = torch.arange(arguments.ppl_samples) % models.teacher.num_conditions
     shape = (models.teacher.layout.length, models.teacher.codebook_VC.shape[1])
     request = Request(labels_N, config.evaluate.batch_size)
     lengths = path_lengths(row.generator, distance, request, seed, shape, arguments.ppl_epsilon)
@@ -207,7 +207,7 @@ def _time(rows: Sequence[Row], config: Config, models: Models, batch: int, round
     import numpy as np
     import torch
 
-    labels_B = torch.arange(batch) % models.teacher.num_classes
+    labels_B = torch.arange(batch) % models.teacher.num_conditions
     taken: dict[str, list[float]] = {row.name: [] for row in rows}
     for number in range(rounds + 1):
         for row in rows:

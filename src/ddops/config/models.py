@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ddops.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, config
+from ddops.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
 
 
 @config
@@ -69,11 +69,22 @@ class VARConfig:
 
 
 @config
+class CaptionsConfig:
+    """Captions as a model takes them: the features of a text encoder."""
+
+    length: PositiveInt
+    """Tokens a caption, padded on the left."""
+    width: PositiveInt
+    """Of the encoder's features."""
+
+
+@config
 class LlamaGenConfig:
-    """LlamaGen (arXiv 2406.06525), class conditional: next-token prediction in raster order."""
+    """LlamaGen (arXiv 2406.06525), of classes or captions: next-token prediction in raster order."""
 
     family: Literal["llamagen"]
-    num_classes: PositiveInt
+    num_classes: NonNegativeInt
+    """0 where it draws for captions."""
     image_size: PositiveInt
     image_channels: PositiveInt
     codebook_size: PositiveInt
@@ -89,14 +100,25 @@ class LlamaGenConfig:
     ffn_hidden: PositiveInt
     rope_base: PositiveFloat
     norm_eps: PositiveFloat
+    captions: CaptionsConfig | None = None
+    """What it draws for in place of classes: text to image."""
 
     def __post_init__(self) -> None:
         _check_grid(self.image_size, self.grid, self.autoencoder)
         _check_heads(self.width, self.heads, 4)
+        if (self.num_classes == 0) != (self.captions is not None):
+            raise ValueError(
+                f"num_classes {self.num_classes}: a model draws for classes, or with 0 of them for captions"
+            )
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
         return (1,) * (self.grid * self.grid)
+
+    @property
+    def condition_tokens(self) -> int:
+        """T: one for a class, a caption's length otherwise."""
+        return 1 if self.captions is None else self.captions.length
 
 
 ModelConfig = Annotated[VARConfig | LlamaGenConfig, Field(discriminator="family")]

@@ -115,7 +115,7 @@ class DD2Objectives:
 
     def generate(self, generator: Student, count: int) -> Generated:
         """Fresh noise, uniformly drawn classes, one pass."""
-        labels_B = torch.randint(generator.num_classes, (count,))
+        labels_B = torch.randint(generator.num_conditions, (count,))
         noise_BLC = torch.randn(count, generator.layout.length, self.codebook_VC.shape[1])
         output = generator(noise_BLC, labels_B, torch.zeros_like(labels_B))
         if self.config.output == "codes":

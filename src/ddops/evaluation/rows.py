@@ -184,7 +184,7 @@ def _skip(models: Models, skipped: int) -> _Built:
 def _onestep_class(models: Models) -> _Built:
     """Every token independently from its class-conditional marginal."""
     ids_NL, labels_N = models.drawn_tokens
-    marginals_KLV = token_marginals(ids_NL, labels_N, models.teacher.num_classes, len(models.teacher.codebook_VC))
+    marginals_KLV = token_marginals(ids_NL, labels_N, models.teacher.num_conditions, len(models.teacher.codebook_VC))
     return _Built(_independent(models, marginals_KLV, lambda labels_B: labels_B), 1, ())
 
 

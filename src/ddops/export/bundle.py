@@ -58,7 +58,7 @@ def write_bundle(
     code_dim = graph.codebook_VC.shape[1]
     indices_N = np.arange(max(export.parity_count, 2), dtype=np.int64)
     noise_NLC = normals(export.parity_seed, Stream.SAMPLE_NOISE, indices_N, (student.layout.length, code_dim))
-    labels_N = torch.from_numpy(indices_N % student.num_classes)
+    labels_N = torch.from_numpy(indices_N % student.num_conditions)
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
@@ -82,8 +82,8 @@ def write_bundle(
         format=1,
         facts=dict(facts),
         model=ModelFacts(
-            num_classes=student.num_classes,
-            class_names=tuple(class_names(student.num_classes)) or None,
+            num_classes=student.num_conditions,
+            class_names=tuple(class_names(student.num_conditions)) or None,
             length=student.layout.length,
             code_dim=code_dim,
             image_size=images_1IHW.shape[-1],

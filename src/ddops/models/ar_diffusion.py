@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ddops.config.models import HeadConfig
 from ddops.flow.codebook import posterior_mean
+from ddops.models.conditions import Condition
 from ddops.models.interface import BackboneTeacher, Student, StudentOutput, Teacher
 
 TIME_FREQUENCIES: Final = 16
@@ -139,11 +140,15 @@ class ARDiffusionGenerator(Student):
             raise ValueError("a generator needs a conditional head: in closed form a token would not see its own noise")
         self.model = model
         self.layout = model.backbone.layout
-        self.num_classes = model.backbone.num_classes
         self.prefix_layer = model.backbone.prefix_layer()
 
+    @property
+    def num_conditions(self) -> int:
+        """See :attr:`Teacher.num_conditions`."""
+        return self.model.backbone.num_conditions
+
     def forward(
-        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+        self, x_BLC: Tensor, labels_B: Condition, start_B: Tensor, logits_at: slice = slice(None)
     ) -> StudentOutput:
         """See :meth:`Student.forward`. What is data and what is noise shows from the values alone."""
         backbone = self.model.backbone

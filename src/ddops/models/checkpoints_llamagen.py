@@ -1,8 +1,9 @@
 """Published LlamaGen weights, and the DD1 students distilled from them, under ddops' names.
 
 The published keys are those of ``c2i_*.pt`` (FoundationVision/LlamaGen; the dict under ``model``, or the whole file
-for XXL and 3B) and of ``LlamaGen-DD/llamagen-*.pt`` (microsoft/distilled_decoding; the dict under ``ema``). The
-tokenizer is a file of its own.
+for XXL and 3B), of ``t2i_XL_*.pt`` (peizesun/llamagen_t2i; the dict under ``model``) and of
+``LlamaGen-DD/llamagen-*.pt`` (microsoft/distilled_decoding; the dict under ``ema``). The tokenizer is a file of its
+own.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ from ddops.models.llamagen import LlamaGenTransformer
 from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.models.name_map import map_state
 
+_CLASSES: Final = {"cls_embedding.embedding_table.weight": "class_embedding.weight"}
+_CAPTIONS: Final = {
+    "cls_embedding.cap_proj.fc1.weight": "class_embedding.fc1.weight",
+    "cls_embedding.cap_proj.fc2.weight": "class_embedding.fc2.weight",
+    "cls_embedding.uncond_embedding": "class_embedding.uncond_TW",
+}
 _SHARED: Final = {
-    "cls_embedding.embedding_table.weight": "class_embedding.weight",
     "norm.weight": "norm.weight",
     "output.weight": "head.weight",
 }
@@ -46,7 +52,7 @@ _DERIVED: Final = frozenset({"freqs_cis"})
 
 
 def llamagen_teacher_state(reference: Mapping[str, Tensor], config: LlamaGenConfig) -> dict[str, Tensor]:
-    """The state of ``LlamaGenTeacher.transformer`` from a published ``c2i_*.pt``.
+    """The state of ``LlamaGenTeacher.transformer`` from a published ``c2i_*.pt`` or ``t2i_*.pt``.
 
     Raises CheckpointError where a key is missing, unexpected or misshapen for ``config``.
     """
@@ -66,7 +72,7 @@ def llamagen_student_state(reference: Mapping[str, Tensor], config: LlamaGenConf
 
 
 def _names(config: LlamaGenConfig, own: Mapping[str, str]) -> dict[str, str]:
-    names = {**_SHARED, **own}
+    names = {**(_CLASSES if config.captions is None else _CAPTIONS), **_SHARED, **own}
     for index in range(config.depth):
         names |= {f"layers.{index}.{theirs}": f"trunk.blocks.{index}.{ours}" for theirs, ours in _BLOCK.items()}
     return names

@@ -1,7 +1,9 @@
 """What the rest of ddops asks of a model. Nothing downstream branches on the family.
 
 Shape suffixes, here and everywhere: B batch, L positions, l positions of one level, V codebook size,
-C embedding width, D transformer width, S levels; images are (B, I, H, W) with I colour channels, in [-1, 1].
+C embedding width, D transformer width, S levels; ``labels_B`` are numbers of conditions (classes, or the captions of
+the attached prompt set, see :mod:`ddops.models.conditions`); images are (B, I, H, W) with I colour channels, in
+[-1, 1].
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddops.config.models import ModelConfig, SamplingConfig
+from ddops.models.conditions import Condition
 from ddops.models.layout import LevelLayout
 
 
@@ -69,12 +72,20 @@ class Teacher(nn.Module, ABC):
     """An autoregressive image model over ``layout`` and its tokenizer."""
 
     layout: LevelLayout
-    num_classes: int
     tokenizer: Tokenizer
+
+    @property
+    @abstractmethod
+    def num_conditions(self) -> int:
+        """How many conditions it can be asked for: its classes, or the captions attached to it; numbered from 0."""
 
     @property
     def codebook_VC(self) -> Tensor:
         return self.tokenizer.codebook_VC
+
+    def unconditional(self, labels_B: Tensor) -> Tensor:
+        """The numbers that stand for no condition, which guidance asks for beside ``labels_B``."""
+        return torch.full_like(labels_B, self.num_conditions)
 
     @abstractmethod
     def guidance_scale(self, guidance: float, level: int) -> float:
@@ -83,7 +94,7 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
         """Teacher-forced logits (B, L, V): row i is the distribution of token i given all earlier levels.
-        The label ``num_classes`` is the unconditional one. No guidance, no filter; differentiable."""
+        No guidance, no filter; differentiable."""
 
     @abstractmethod
     def open(self, labels_B: Tensor, sampling: SamplingConfig) -> TeacherSession:
@@ -121,7 +132,7 @@ class BackboneTeacher(Teacher):
         trained where noise stands in place of the tokens."""
 
     @abstractmethod
-    def hidden(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
+    def hidden(self, labels_B: Condition, prefix_BlD: Tensor) -> Tensor:
         """What the classifier reads, (B, L, D), in one pass: row i depends on the label and on all earlier levels."""
 
     @abstractmethod
@@ -149,13 +160,17 @@ class Student(nn.Module, ABC):
     """DD1 student: one pass from a partly noisy sequence to all of its tokens (arXiv 2412.17153)."""
 
     layout: LevelLayout
-    num_classes: int
     head_modules: ClassVar[tuple[str, ...]]
     """Names of the submodules between the last hidden state and the outputs. Mixed precision leaves them whole."""
 
+    @property
+    @abstractmethod
+    def num_conditions(self) -> int:
+        """See :attr:`Teacher.num_conditions`."""
+
     @abstractmethod
     def forward(
-        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+        self, x_BLC: Tensor, labels_B: Condition, start_B: Tensor, logits_at: slice = slice(None)
     ) -> StudentOutput:
         """Embeddings at every position and logits at the positions ``logits_at``: they cost most where V is large.
 

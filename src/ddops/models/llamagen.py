@@ -1,9 +1,10 @@
-"""LlamaGen (arXiv 2406.06525), class conditional: a Llama-style transformer over image tokens in raster order.
+"""LlamaGen (arXiv 2406.06525): a Llama-style transformer over image tokens in raster order.
 
-The sequence is one class token followed by the image tokens. Layout of the weights, the zero rotation of the
-class token and the guidance convention follow the released code, so that published checkpoints load.
+The sequence is the condition (one class token, or the tokens of a caption) followed by the image tokens. Layout of the
+weights, the zero rotation of condition tokens and the guidance convention follow the released code, so that published
+checkpoints load.
 
-Shape suffixes beyond :mod:`ddops.models.interface`: T class token and image tokens, h attention heads, K head width.
+Shape suffixes beyond :mod:`ddops.models.interface`: T condition and image tokens, h attention heads, K head width.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import LlamaGenConfig, SamplingConfig
+from ddops.models.conditions import Condition, condition_embedding
 from ddops.models.interface import BackboneSession, BackboneTeacher
 from ddops.models.layout import LevelLayout
 from ddops.models.llamagen_tokenizer import LlamaGenTokenizer
@@ -42,13 +44,13 @@ def rotary_angles(grid: int, head_width: int, base: float) -> Tensor:
 def rotary_tables(config: LlamaGenConfig) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine (T, 1, 1, K) to be used by :func:`rotate`.
 
-    Both are zero, not (1, 0), for the class token: its query and key vanish, so that every position scores 0
-    against it and reads only its value. The released weights were trained this way.
+    Both are zero, not (1, 0), for condition tokens: their queries and keys vanish, so that every position scores 0
+    against them and reads only their values. The released weights were trained this way.
     """
     angles_LK = rotary_angles(config.grid, config.width // config.heads, config.rope_base).repeat_interleave(2, dim=1)
     sign_K = torch.tensor([-1.0, 1.0]).repeat(angles_LK.shape[1] // 2)
     tables = angles_LK.cos(), angles_LK.sin() * sign_K
-    cos_TK, sin_TK = (F.pad(table_LK, (0, 0, 1, 0)) for table_LK in tables)
+    cos_TK, sin_TK = (F.pad(table_LK, (0, 0, config.condition_tokens, 0)) for table_LK in tables)
     return cos_TK[:, None, None], sin_TK[:, None, None]
 
 
@@ -83,8 +85,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], start: int, cache: LayerCache | None) -> Tensor:
-        """Attend from positions ``start...`` to themselves and, through the cache, to everything before them."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        start: int,
+        cache: LayerCache | None,
+        seen_B1TT: Tensor | None,
+    ) -> Tensor:
+        """Attend from positions ``start...`` to themselves and, through the cache, to everything before them; or to
+        what ``seen_B1TT`` says of that."""
         qkv_BT3hK = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1))
         qk_BT2hK, v_BT1hK = qkv_BT3hK.split((2, 1), dim=2)
         q_BhTK, k_BhTK = rotate(qk_BT2hK, *rotary).permute(2, 0, 3, 1, 4)
@@ -95,8 +105,8 @@ class Attention(nn.Module):
             q_BhTK,
             k_BhTK,
             v_BhTK,
-            attn_mask=_offset_causal_mask(x_BTD, start),
-            is_causal=start == 0,
+            attn_mask=_offset_causal_mask(x_BTD, start) if seen_B1TT is None else seen_B1TT,
+            is_causal=start == 0 and seen_B1TT is None,
         )
         return self.proj(out_BhTK.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -107,6 +117,15 @@ def _offset_causal_mask(x_BTD: Tensor, start: int) -> Tensor | None:
     if start == 0 or length == 1:
         return None
     return torch.ones(length, start + length, dtype=torch.bool, device=x_BTD.device).tril(start)
+
+
+def seen_with_captions(mask_BT: Tensor, start: int, stop: int) -> Tensor:
+    """Bool (B, 1, stop - start, stop): causal, and of the caption only its own tokens, not its padding, which sees
+    itself alone. ``mask_BT`` is of the caption's length, which ``stop`` is not below."""
+    keys_T = torch.arange(stop, device=mask_BT.device)
+    rows_T1 = keys_T[start:, None]
+    there_B1T = F.pad(mask_BT, (0, stop - mask_BT.shape[1]), value=True)[:, None]
+    return ((there_B1T & (keys_T <= rows_T1)) | (keys_T == rows_T1))[:, None]
 
 
 class FeedForward(nn.Module):
@@ -132,13 +151,20 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.ffn = FeedForward(config.width, config.ffn_hidden)
 
-    def forward(self, h_BTD: Tensor, rotary: tuple[Tensor, Tensor], start: int, cache: LayerCache | None) -> Tensor:
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotary, start, cache)
+    def forward(
+        self,
+        h_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        start: int,
+        cache: LayerCache | None,
+        seen_B1TT: Tensor | None,
+    ) -> Tensor:
+        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), rotary, start, cache, seen_B1TT)
         return h_BTD + self.ffn(self.ffn_norm(h_BTD))  # type: ignore[no-any-return]
 
 
 class CausalTrunk(nn.Module):
-    """The blocks that teacher and student share: class token and image positions in, hidden states out."""
+    """The blocks that teacher and student share: condition tokens and image positions in, hidden states out."""
 
     cos: Tensor
     signed_sin: Tensor
@@ -150,34 +176,44 @@ class CausalTrunk(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("signed_sin", signed_sin, persistent=False)
 
-    def forward(self, h_BTD: Tensor, start: int = 0, caches: list[LayerCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        h_BTD: Tensor,
+        mask_BT: Tensor | None = None,
+        start: int = 0,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
         """Hidden states (B, T, D), before the final norm, of the sequence positions ``start...``.
 
-        ``caches`` (one a block) hold the positions before ``start`` and take in the new ones.
+        ``mask_BT`` says which tokens of a caption there are (:attr:`ConditionTokens.mask_BT`). ``caches`` (one a block)
+        hold the positions before ``start`` and take in the new ones.
         """
         stop = start + h_BTD.shape[1]
         rotary = self.cos[start:stop], self.signed_sin[start:stop]
+        seen_B1TT = None if mask_BT is None else seen_with_captions(mask_BT, start, stop)
         for index, block in enumerate(self.blocks):
-            h_BTD = block(h_BTD, rotary, start, caches[index] if caches else None)
+            h_BTD = block(h_BTD, rotary, start, caches[index] if caches else None, seen_B1TT)
         return h_BTD
 
 
 class LlamaGenTransformer(nn.Module):
-    """Class label and token ids to next-token logits."""
+    """Condition and token ids to next-token logits."""
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
-        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row is unconditional
+        # Of captions too, by the name that the weight files have for it.
+        self.class_embedding = condition_embedding(config.num_classes, config.captions, config.width)
         self.token_embedding = nn.Embedding(config.codebook_size, config.width)
         self.trunk = CausalTrunk(config)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.apply(init_weights)
 
-    def forward(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
-        """Normed hidden states (B, L, D); row i has seen the class and the embedded tokens 0..i-1."""
-        class_B1D = self.class_embedding(labels_B)[:, None]
-        hidden_BLD: Tensor = self.norm(self.trunk(torch.cat([class_B1D, prefix_BlD], dim=1)))
+    def forward(self, labels_B: Condition, prefix_BlD: Tensor) -> Tensor:
+        """Normed hidden states (B, L, D); row i has seen the condition and the embedded tokens 0..i-1."""
+        tokens_BTD, mask_BT = self.class_embedding.tokens(labels_B)
+        h_BTD = self.trunk(torch.cat([tokens_BTD, prefix_BlD], dim=1), mask_BT)
+        hidden_BLD: Tensor = self.norm(h_BTD[:, tokens_BTD.shape[1] - 1 :])
         return hidden_BLD
 
     def classify(self, hidden_BTD: Tensor) -> Tensor:
@@ -205,9 +241,17 @@ class LlamaGenTeacher(BackboneTeacher):
         super().__init__()
         self.config = config
         self.layout = LevelLayout(config.level_sizes)
-        self.num_classes = config.num_classes
         self.transformer = LlamaGenTransformer(config)
         self.tokenizer = LlamaGenTokenizer(config)
+
+    @property
+    def num_conditions(self) -> int:
+        """See :attr:`Teacher.num_conditions`."""
+        return self.transformer.class_embedding.num_conditions
+
+    def unconditional(self, labels_B: Tensor) -> Tensor:
+        """See :meth:`Teacher.unconditional`."""
+        return self.transformer.class_embedding.unconditional(labels_B)
 
     def guidance_scale(self, guidance: float, level: int) -> float:
         """The same scale at every level; at 1 or below LlamaGen runs without guidance (released code)."""
@@ -227,7 +271,7 @@ class LlamaGenTeacher(BackboneTeacher):
         fit_linear(layer, self.codebook_VC, self.transformer.token_embedding.weight)
         return layer
 
-    def hidden(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
+    def hidden(self, labels_B: Condition, prefix_BlD: Tensor) -> Tensor:
         """See :meth:`BackboneTeacher.hidden`: one causal pass."""
         return self.transformer(labels_B, prefix_BlD)  # type: ignore[no-any-return]
 
@@ -253,14 +297,16 @@ class LlamaGenSession(BackboneSession):
         self._scale = teacher.guidance_scale(sampling.guidance, 0)
         self._guided = self._scale > 1
         if self._guided:
-            labels_B = torch.cat([labels_B, torch.full_like(labels_B, config.num_classes)])
-        class_B1D = self._transformer.class_embedding(labels_B)[:, None]
+            labels_B = torch.cat([labels_B, teacher.unconditional(labels_B)])
+        tokens_BTD, self._mask_BT = self._transformer.class_embedding.tokens(labels_B)
+        positions = config.condition_tokens + self._length - 1
         self._caches = [
-            LayerCache(len(labels_B), config.heads, self._length, config.width // config.heads, class_B1D)
+            LayerCache(len(labels_B), config.heads, positions, config.width // config.heads, tokens_BTD)
             for _ in range(config.depth)
         ]
         self._cached = 0
-        self._pending_BTD = [class_B1D]
+        self._fixed = 0
+        self._pending_BTD = [tokens_BTD]
         self._hidden_B1D: Tensor | None = None
 
     @torch.no_grad()
@@ -288,18 +334,19 @@ class LlamaGenSession(BackboneSession):
             raise ValueError(f"ids are {tuple(ids_Bl.shape)}, the level is {(self._batch, 1)}")
         embedding_B1D = self._transformer.token_embedding(ids_Bl)
         self._pending_BTD.append(embedding_B1D.repeat(2, 1, 1) if self._guided else embedding_B1D)
+        self._fixed += 1
         self._hidden_B1D = None
 
     def _advance(self) -> Tensor:
         """Run the positions not yet cached and return the hidden state of the last of them."""
         self._check_room()
         h_BTD = torch.cat(self._pending_BTD, dim=1)
-        h_BTD = self._transformer.trunk(h_BTD, self._cached, self._caches)
+        h_BTD = self._transformer.trunk(h_BTD, self._mask_BT, self._cached, self._caches)
         self._cached += h_BTD.shape[1]
         self._pending_BTD = []
         hidden_B1D: Tensor = self._transformer.norm(h_BTD[:, -1:])
         return hidden_B1D
 
     def _check_room(self) -> None:
-        if self._cached + len(self._pending_BTD) > self._length:
+        if self._fixed == self._length:
             raise RuntimeError(f"all {self._length} tokens of this session are fixed already")

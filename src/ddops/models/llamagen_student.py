@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import LlamaGenConfig
+from ddops.models.conditions import Condition, condition_embedding
 from ddops.models.interface import Student, StudentOutput, Teacher
 from ddops.models.layout import LevelLayout
 from ddops.models.llamagen import INIT_STD, CausalTrunk, LlamaGenTeacher, fit_linear, init_weights
@@ -21,15 +22,16 @@ NOISE, DATA = 0, 1
 
 
 class EmbeddingHead(nn.Module):
-    """Regressed embeddings (B, L, C) from hidden states, modulated by the class embedding."""
+    """Regressed embeddings (B, L, C) from hidden states, modulated by the condition: the class's token, or the mean of
+    the caption's *(ours: the authors released no student of captions)*."""
 
     def __init__(self, width: int, code_dim: int) -> None:
         super().__init__()
         self.shift_scale_2D = nn.Parameter(torch.randn(2, width) * INIT_STD)
         self.proj = nn.Linear(width, code_dim)
 
-    def forward(self, h_BLD: Tensor, class_B1D: Tensor) -> Tensor:
-        shift_B1D, scale_B1D = (self.shift_scale_2D + class_B1D).chunk(2, dim=1)
+    def forward(self, h_BLD: Tensor, condition_B1D: Tensor) -> Tensor:
+        shift_B1D, scale_B1D = (self.shift_scale_2D + condition_B1D).chunk(2, dim=1)
         normed_BLD = F.layer_norm(h_BLD, h_BLD.shape[-1:], eps=1e-6)
         embeddings_BLC: Tensor = self.proj(normed_BLD * (1 + scale_B1D) + shift_B1D)
         return embeddings_BLC.float()
@@ -44,8 +46,7 @@ class LlamaGenStudent(Student):
         super().__init__()
         self.config = config
         self.layout = LevelLayout(config.level_sizes)
-        self.num_classes = config.num_classes
-        self.class_embedding = nn.Embedding(config.num_classes + 1, config.width)
+        self.class_embedding = condition_embedding(config.num_classes, config.captions, config.width)
         self.input_proj = nn.Linear(config.code_dim, config.width)
         self.noise_data_embedding = nn.Embedding(2, config.width)
         self.trunk = CausalTrunk(config)
@@ -54,18 +55,24 @@ class LlamaGenStudent(Student):
         self.embedding_head = EmbeddingHead(config.width, config.code_dim)
         self.apply(init_weights)
 
+    @property
+    def num_conditions(self) -> int:
+        """See :attr:`Teacher.num_conditions`."""
+        return self.class_embedding.num_conditions
+
     def forward(
-        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+        self, x_BLC: Tensor, labels_B: Condition, start_B: Tensor, logits_at: slice = slice(None)
     ) -> StudentOutput:
         """See :meth:`Student.forward`. Both outputs are float32."""
-        class_B1D = self.class_embedding(labels_B)[:, None]
-        h_BTD = torch.cat([class_B1D, self.input_proj(x_BLC)], dim=1)
-        # The class token, position 0 of T, is always data; image token j sits at position j + 1.
-        is_data_BT = torch.arange(h_BTD.shape[1], device=x_BLC.device) <= start_B[:, None]
-        h_BTD = self.trunk(h_BTD + self.noise_data_embedding(torch.where(is_data_BT, DATA, NOISE)))
-        h_BLD = h_BTD[:, 1:]
+        condition = self.class_embedding.tokens(labels_B)
+        given = condition.tokens_BTD.shape[1]
+        h_BTD = torch.cat([condition.tokens_BTD, self.input_proj(x_BLC)], dim=1)
+        # Condition tokens are always data; image token j sits at position j + given.
+        is_data_BT = torch.arange(1 - given, h_BTD.shape[1] + 1 - given, device=x_BLC.device) <= start_B[:, None]
+        h_BTD = h_BTD + self.noise_data_embedding(torch.where(is_data_BT, DATA, NOISE))
+        h_BLD = self.trunk(h_BTD, condition.mask_BT)[:, given:]
         logits_BLV: Tensor = self.head(self.norm(h_BLD[:, logits_at]))
-        return StudentOutput(logits_BLV.float(), self.embedding_head(h_BLD, class_B1D))
+        return StudentOutput(logits_BLV.float(), self.embedding_head(h_BLD, condition.mean_B1D))
 
     @torch.no_grad()
     def init_from_teacher(self, teacher: Teacher) -> None:

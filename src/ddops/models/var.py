@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import SamplingConfig, VARConfig
+from ddops.models.conditions import Condition
 from ddops.models.interface import BackboneSession, BackboneTeacher
 from ddops.models.layout import LevelLayout
 from ddops.models.sampling_filters import guided_log_probs
@@ -268,9 +269,13 @@ class VARTeacher(BackboneTeacher):
         super().__init__()
         self.config = config
         self.layout = LevelLayout(config.level_sizes)
-        self.num_classes = config.num_classes
         self.tokenizer = VARTokenizer(config)
         self.transformer = VARTransformer(config, self.layout)
+
+    @property
+    def num_conditions(self) -> int:
+        """See :attr:`Teacher.num_conditions`."""
+        return self.config.num_classes
 
     def guidance_scale(self, guidance: float, level: int) -> float:
         """``1 + guidance * level / (S - 1)`` (released code)."""
@@ -290,7 +295,7 @@ class VARTeacher(BackboneTeacher):
         """See :meth:`BackboneTeacher.prefix_layer`: a copy of the teacher's own."""
         return copy.deepcopy(self.transformer.word_embedding)
 
-    def hidden(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
+    def hidden(self, labels_B: Condition, prefix_BlD: Tensor) -> Tensor:
         """See :meth:`BackboneTeacher.hidden`: one masked pass."""
         return self.transformer(labels_B, prefix_BlD)  # type: ignore[no-any-return]
 
@@ -315,7 +320,7 @@ class VARSession(BackboneSession):
         self._guided = sampling.guidance > 0
         self._batch = len(labels_B)
         if self._guided:
-            labels_B = torch.cat([labels_B, torch.full_like(labels_B, teacher.num_classes)])
+            labels_B = torch.cat([labels_B, teacher.unconditional(labels_B)])
         cond_BD = teacher.transformer.class_embedding(labels_B)
         self._vectors = teacher.transformer.modulation_vectors(cond_BD)
         self._caches = [KeyValueCache() for _ in teacher.transformer.blocks]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import VARConfig
+from ddops.models.conditions import Condition
 from ddops.models.interface import Student, StudentOutput, Teacher
 from ddops.models.layout import LevelLayout
 from ddops.models.var import VARTeacher, VARTransformer, embedding, init_std, linear, modulate, normal_parameter
@@ -45,7 +46,6 @@ class VARStudent(Student):
         super().__init__()
         self.config = config
         self.layout = LevelLayout(config.level_sizes)
-        self.num_classes = config.num_classes
         self.transformer = VARTransformer(config, LevelLayout((1, *config.level_sizes)))
         self.noise_data_embedding = embedding(2, config.width)
         """Row 0 marks noise, row 1 data."""
@@ -53,8 +53,13 @@ class VARStudent(Student):
         """One a block, then the heads'. They start at zero, and learn at once since the embedding does not."""
         self.regression_head = RegressionHead(config)
 
+    @property
+    def num_conditions(self) -> int:
+        """See :attr:`Teacher.num_conditions`."""
+        return self.config.num_classes
+
     def forward(
-        self, x_BLC: Tensor, labels_B: Tensor, start_B: Tensor, logits_at: slice = slice(None)
+        self, x_BLC: Tensor, labels_B: Condition, start_B: Tensor, logits_at: slice = slice(None)
     ) -> StudentOutput:
         """See :meth:`Student.forward`. Both outputs are float32."""
         transformer = self.transformer

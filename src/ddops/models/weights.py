@@ -44,7 +44,12 @@ def save_weights(
     """
     if taken := [key for key in extra if key.startswith(_PREFIX)]:
         raise ValueError(f"extra metadata may not use the prefix {_PREFIX!r}: {taken}")
-    metadata = {_KIND: kind, _CONFIG: _CONFIGS.dump_json(config).decode(), _VERSION: FORMAT_VERSION, **extra}
+    metadata = {
+        _KIND: kind,
+        _CONFIG: _CONFIGS.dump_json(config, exclude_none=True).decode(),
+        _VERSION: FORMAT_VERSION,
+        **extra,
+    }
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module_state.items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata)

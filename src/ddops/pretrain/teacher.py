@@ -46,7 +46,7 @@ def teacher_objective(ids_NL: Tensor, labels_N: Tensor, *, label_dropout: float,
         ids_BL, labels_B = ids_NL[indices_B], labels_N[indices_B]
         drop_B = torch.rand(len(labels_B)) < label_dropout
         given_BL = replace_tokens(ids_BL, token_dropout, len(teacher.codebook_VC))
-        logits_BLV = teacher.logits(labels_B.masked_fill(drop_B, teacher.num_classes), given_BL)
+        logits_BLV = teacher.logits(torch.where(drop_B, teacher.unconditional(labels_B), labels_B), given_BL)
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL.flatten())
         accuracy = (logits_BLV.argmax(-1) == ids_BL).float().mean()
         return {"loss": loss, "accuracy": accuracy}

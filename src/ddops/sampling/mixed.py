@@ -66,7 +66,7 @@ def sample_skipping(teacher: Teacher, labels_B: Tensor, skipped: int, sampling: 
     unknown_BL = drawn_BL.new_full((len(drawn_BL), layout.length - drawn_BL.shape[1]), int(filler))
     inputs_BL = torch.cat([drawn_BL, unknown_BL], dim=1)
     cond_BLV = teacher.logits(labels_B, inputs_BL)
-    uncond_BLV = teacher.logits(torch.full_like(labels_B, teacher.num_classes), inputs_BL)
+    uncond_BLV = teacher.logits(teacher.unconditional(labels_B), inputs_BL)
     levels = [drawn_BL]
     for level in range(parallel, layout.num_levels):
         here, scale = layout.positions(level), teacher.guidance_scale(sampling.guidance, level)

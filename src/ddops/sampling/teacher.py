@@ -44,7 +44,7 @@ def conditional_log_probs(teacher: Teacher, labels_B: Tensor, ids_BL: Tensor, sa
     scales = [teacher.guidance_scale(sampling.guidance, level) for level in range(layout.num_levels)]
     cond_BLV, uncond_BLV = teacher.logits(labels_B, ids_BL), None
     if any(scale != 1 for scale in scales):
-        uncond_BLV = teacher.logits(torch.full_like(labels_B, teacher.num_classes), ids_BL)
+        uncond_BLV = teacher.logits(teacher.unconditional(labels_B), ids_BL)
     parts, offset = [], 0
     for scale, group in groupby(zip(scales, layout.sizes, strict=True), key=itemgetter(0)):
         here = slice(offset, offset := offset + sum(size for _, size in group))

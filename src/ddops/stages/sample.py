@@ -74,11 +74,11 @@ def sample(
         _draw(drawn / RECONSTRUCTION / "seed0.npz", batches, real.labels_N)
     for row in rows:
         for seed in evaluate.seeds:
-            labels_N = protocol.labels(seed, model.num_classes)
+            labels_N = protocol.labels(seed, model.num_conditions)
             request = Request(labels_N, evaluate.batch_size)
             batches = draw_batches(row.draw, request, seed, row.name, protocol.image_size)
             _draw(drawn / row.name / f"seed{seed}.npz", batches, labels_N)
-    _write_grids(drawn, protocol, model.num_classes, evaluate)
+    _write_grids(drawn, protocol, model.num_conditions, evaluate)
     _write_interpolations(rows, models, evaluate)
     facts = {row.name: {"passes": row.passes, "parameters": row.parameters} for row in rows}
     write_json(drawn / paths.SAMPLES_MANIFEST.name, {"models": hashes, "rows": facts})
@@ -117,7 +117,7 @@ def _write_grids(drawn: Path, protocol: Protocol, num_classes: int, evaluate: Ev
 
 def _write_interpolations(rows: Sequence[Row], models: Models, evaluate: EvaluateConfig) -> None:
     """For every row that is a function of its noise: a line of frames a class, from one noise to another."""
-    labels_K = _grid_classes(models.teacher.num_classes, evaluate)
+    labels_K = _grid_classes(models.teacher.num_conditions, evaluate)
     shape = (models.teacher.layout.length, models.teacher.codebook_VC.shape[1])
     for row in rows:
         if row.generator is not None:

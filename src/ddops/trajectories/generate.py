@@ -220,7 +220,7 @@ def make_shard(job: Job, plan: ShardPlan) -> Throughput:
     for first in range(plan.first, plan.first + plan.count, job.config.batch_size):
         begun = clock()
         indices_B = np.arange(first, min(first + job.config.batch_size, plan.first + plan.count), dtype=np.int64)
-        labels_B = trajectory_labels(job.seed, indices_B, teacher.num_classes)
+        labels_B = trajectory_labels(job.seed, indices_B, teacher.num_conditions)
         noise_BLC = trajectory_noise(job.seed, indices_B, (length, codebook_VC.shape[1])).to(device)
         noise_done, in_map = clock(), 0.0
         pick = flow_picker(teacher.layout, codebook_VC, noise_BLC, job.config)
