@@ -24,7 +24,7 @@ reproduce: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
 	@echo
 	@echo "report        $(CURDIR)/reports/index.html"
-	@echo "sample grid   $(CURDIR)/reports/grids/dd1_1step.png"
+	@echo "sample grid   $(CURDIR)/reports/grids/dd2_1step.png"
 	@echo "ONNX model    $(CURDIR)/artifacts/onnx/model.onnx"
 
 prefect: $(READY)

@@ -315,16 +315,21 @@ def test_an_engines_entry_is_checked_when_it_is_read(engines):
         ProfileConfig(min=4, opt=2, max=8)
 
 
-def test_the_command_exports_a_workspace(tmp_path, capsys):
-    """One command from a student to a bundle, as a user with trained weights runs it."""
+STUDENTS = {"dd1": "dd1/student", "dd2": "dd2/generator"}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_the_command_exports_a_workspace(tmp_path, capsys, student):
+    """One command from a student, whichever the preset names, to a bundle, as a user with trained weights runs it."""
     workspace = tmp_path / "workspace"
     sources = make_bundle(tmp_path / "b").parent / "b-weights"
-    for source, place in (("student", "dd1/student"), ("tokenizer", "teacher/tokenizer")):
+    for source, place in (("student", STUDENTS[student]), ("tokenizer", "teacher/tokenizer")):
         target = workspace / "artifacts" / f"{place}.safetensors"
         target.parent.mkdir(parents=True)
         shutil.copy(sources / f"{source}.safetensors", target)
     (workspace / "artifacts/teacher/transformer.safetensors").write_bytes(b"not needed")
-    write_params(compose(PARAMS, [*FAMILIES["llamagen"], "export.parity_count=4"]), workspace / "params.yaml")
+    overrides = [*FAMILIES["llamagen"], "export.parity_count=4", f"export.student={student}"]
+    write_params(compose(PARAMS, overrides), workspace / "params.yaml")
     arguments = ["export", str(workspace), "--output", str(tmp_path / "out"), "--steps", "2", "--precision", "float16"]
     assert main([*arguments, "--target", "89"]) == 0
     said = capsys.readouterr().out
@@ -332,6 +337,7 @@ def test_the_command_exports_a_workspace(tmp_path, capsys):
     assert "engine for 89" in said
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.model.steps, manifest.onnx.precision, manifest.engines[0].precision) == (2, "float16", "float16")
+    assert manifest.facts["ddops.student"] == student
     assert main([*arguments[:-3], "9"]) == 1
     assert "--steps 9: dd1.start_positions (0, 2) allow 1 to 2" in capsys.readouterr().err
 
@@ -358,16 +364,18 @@ def stage(workspace, name):
     return subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
 
 
-def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, tmp_path):
+@pytest.mark.parametrize("student", STUDENTS)
+def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, tmp_path, student):
     sources = bundle.parent / "bundle-weights"
-    for source, place in (("student", "dd1/student"), ("tokenizer", "teacher/tokenizer")):
+    for source, place in (("student", STUDENTS[student]), ("tokenizer", "teacher/tokenizer")):
         target = tmp_path / "artifacts" / f"{place}.safetensors"
         target.parent.mkdir(parents=True)
         shutil.copy(sources / f"{source}.safetensors", target)
-    write_params(compose(PARAMS, [*FAMILIES["llamagen"], "export.parity_count=4"]), tmp_path / "params.yaml")
+    overrides = [*FAMILIES["llamagen"], "export.parity_count=4", f"export.student={student}"]
+    write_params(compose(PARAMS, overrides), tmp_path / "params.yaml")
     (tmp_path / "reports").mkdir()
     gate, metrics = tmp_path / "reports/gate.json", tmp_path / "reports/metrics.json"
-    metrics.write_text(json.dumps({"protocol": {"name": "digits"}, "dd1_1step": {"fid": 7.5}}))
+    metrics.write_text(json.dumps({"protocol": {"name": "digits"}, f"{student}_1step": {"fid": 7.5}}))
 
     gate.write_text(json.dumps({"passed": False}))
     refused = stage(tmp_path, "export_onnx")

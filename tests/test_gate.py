@@ -34,9 +34,19 @@ RULES = {
 }
 
 
-def decided(metrics=METRICS, rules=RULES, override=None, production=None, models=MODELS, protocol=PROTOCOL) -> Decision:
+def decided(
+    metrics=METRICS, rules=RULES, override=None, production=None, models=MODELS, protocol=PROTOCOL, student="dd1"
+) -> Decision:
     config = GateConfig(rules=rules, export_rules={}, override=override)
-    return gate_decision(metrics, config, models=models, protocol=protocol, production=production)
+    return gate_decision(
+        metrics,
+        config,
+        models=models,
+        protocol=protocol,
+        production=production,
+        student=student,
+        row=f"{student}_1step",
+    )
 
 
 def test_a_model_with_its_own_figures_within_the_rules_passes() -> None:
@@ -104,6 +114,23 @@ def test_protocols_compare_whatever_their_seeds_and_versions() -> None:
     assert comparable(PROTOCOL, {**PROTOCOL, "name": "dd_50k", "resize": "tensorflow1"}) == ["name", "resize"]
 
 
+def test_rules_on_the_student_are_on_whichever_is_exported() -> None:
+    """The row is named in the verdict, the decision is the exported model's, and production's student is its own."""
+    rules = {"student": GateRule(value="student.fid", relative_to="dd1_1step.fid", max=1.0)}
+    rules["no worse"] = GateRule(value="student.fid", relative_to="production", max=1.1)
+    models = {**MODELS, "dd2": "dd" * 32}
+    metrics = {**METRICS, "models": models, "dd2_1step": {"fid": 6.0}}
+    production = {"protocol": PROTOCOL, "dd2_1step": {"fid": 1.0}, "student": {"fid": 5.0}}
+    decision = decided(metrics, rules, models=models, student="dd2", production=production)
+    assert [(verdict.quantity, verdict.value) for verdict in decision.verdicts] == [
+        ("dd2_1step.fid / dd1_1step.fid", pytest.approx(6 / 9)),
+        ("dd2_1step.fid / production", pytest.approx(6 / 5)),
+    ]
+    assert [verdict.passed for verdict in decision.verdicts] == [True, False]
+    assert decision.student_sha256 == "dd" * 32
+    assert decided(metrics, rules, models=models).verdicts[0].quantity == "dd1_1step.fid / dd1_1step.fid"
+
+
 # Overrides
 
 
@@ -135,7 +162,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files that hash, and figures that state their hashes."""
     monkeypatch.chdir(tmp_path)
     write_params(compose(PARAMS, ["preset=smoke"]), paths.PARAMS)
-    files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, "dd1": paths.DD1_STUDENT}
+    files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, **paths.STUDENTS}
     for path in (*files.values(), paths.CLASSIFIER):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(str(path))
@@ -145,22 +172,25 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "features_sha256": sha256_file(paths.CLASSIFIER),
     }
     models = {name: sha256_file(path) for name, path in files.items()}
-    write_json(paths.METRICS, {"protocol": protocol, "models": models, "dd1_1step": {"fid": 3.0}})
+    write_json(paths.METRICS, {"protocol": protocol, "models": models, "dd2_1step": {"fid": 3.0}})
     return tmp_path
 
 
 def run_gate() -> None:
     config = load_config()
-    gate.gate(config.gate, config.evaluate)
+    gate.gate(config.gate, config.evaluate, config.export)
 
 
 def test_the_stage_writes_its_decision_either_way(workspace: Path) -> None:
     run_gate()
     assert json.loads(paths.GATE_DECISION.read_text())["outcome"] == "accepted"
-    paths.DD1_STUDENT.write_text("another training")
-    with pytest.raises(StageError, match=r"the figures are of this dd1: .*\nNothing was exported"):
+    paths.DD2_GENERATOR.write_text("another training")
+    with pytest.raises(StageError, match=r"the figures are of this dd2: .*\nNothing was exported"):
         run_gate()
     assert json.loads(paths.GATE_DECISION.read_text())["outcome"] == "refused"
+    paths.DD2_GENERATOR.unlink()
+    with pytest.raises(StageError, match=r"generator\.safetensors is missing.*distill_dd2"):
+        run_gate()
 
 
 def test_without_figures_there_is_no_decision_left_from_before(workspace: Path) -> None:
@@ -195,7 +225,13 @@ def test_an_override_by_command_is_for_the_refused_model_alone(
 # The registry
 
 
-FACTS = {"preset": "digits", "bundle": "production/v1.0.0", "files": {"model.onnx": "11"}, "metrics": METRICS}
+FACTS = {
+    "preset": "digits",
+    "bundle": "production/v1.0.0",
+    "files": {"model.onnx": "11"},
+    "metrics": METRICS,
+    "row": "dd1_1step",
+}
 
 
 def facts(number: int) -> dict:
@@ -208,7 +244,7 @@ def test_versions_follow_each_other_and_a_rollback_returns_step_by_step(tmp_path
     for number in (1, 2, 3):
         registry = Registry.load(path)
         registry.promote(registry.next_version(), facts(number), by="Ada", reason=f"reason {number}")
-    assert metrics_in_production(path) == {"dd1_1step": {"fid": 3.0}}
+    assert metrics_in_production(path) == {"dd1_1step": {"fid": 3.0}, "student": {"fid": 3.0}}
     for expected in ("v2.0.0", "v1.0.0"):
         registry = Registry.load(path)
         registry.rollback(registry.earlier(None), by="Bob", reason="it is slow")
@@ -249,4 +285,4 @@ def test_a_rule_may_ask_for_figures_of_the_exported_graph() -> None:
         "computes": GateRule(value="export.parity.largest", max=1e-4),
         "draws": GateRule(value="exported.fid", relative_to="dd1_1step.fid", max=1.005),
     }
-    assert [verdict.passed for verdict in decide(known, rules)] == [True, False]
+    assert [verdict.passed for verdict in decide(known, rules, row="dd1_1step")] == [True, False]

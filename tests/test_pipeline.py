@@ -179,9 +179,9 @@ def test_a_parameter_concerns_the_stages_that_read_it(workspace, section, change
 def test_a_changed_parameter_runs_again_only_what_depends_on_it(workspace):
     before = lock_of(workspace)
     set_params(workspace, export={"parity_count": 100})
-    assert stages_run(run(workspace, "dvc", "repro")) == ["export_onnx", "report"]
+    assert stages_run(run(workspace, "dvc", "repro")) == ["gate", "export_onnx", "report"]
     after = lock_of(workspace)
-    assert {name for name in STAGES if after[name] != before[name]} == {"export_onnx", "report"}
+    assert {name for name in STAGES if after[name] != before[name]} == {"gate", "export_onnx", "report"}
     assert json.loads((workspace / paths.EXPORT_METRICS).read_text())["parity"]["images"] == 100
 
 

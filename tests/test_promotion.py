@@ -26,7 +26,7 @@ def export(content: str) -> None:
     """A bundle of the student in hand."""
     paths.ONNX_BUNDLE.mkdir(parents=True, exist_ok=True)
     (paths.ONNX_BUNDLE / "model.onnx").write_text(content)
-    facts = {"ddops.student_sha256": sha256_file(paths.DD1_STUDENT)}
+    facts = {"ddops.student_sha256": sha256_file(paths.DD2_GENERATOR)}
     write_json(paths.ONNX_BUNDLE / "manifest.json", {"facts": facts})
     write_json(paths.EXPORT_METRICS, {"parity": {"largest": 1e-6}})
 
@@ -53,9 +53,9 @@ def repository(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def retrain(content: str) -> None:
     """Another student with figures and a decision of its own."""
-    paths.DD1_STUDENT.write_text(content)
+    paths.DD2_GENERATOR.write_text(content)
     metrics = json.loads(paths.METRICS.read_text())
-    metrics["models"]["dd1"] = sha256_file(paths.DD1_STUDENT)
+    metrics["models"]["dd2"] = sha256_file(paths.DD2_GENERATOR)
     write_json(paths.METRICS, metrics)
     run_gate()
     export(content)
@@ -75,6 +75,7 @@ def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: 
     registry = Registry.load(paths.PRODUCTION)
     assert registry.current == "v1.0.0"
     assert registry.versions["v1.0.0"]["exported"]["figures"] == {"fid": 3.1}
+    assert registry.versions["v1.0.0"]["row"] == "dd2_1step"
     assert registry.versions["v1.0.0"]["source_commit"] == git("rev-parse", "HEAD~1")
     assert set(git("tag").splitlines()) == {"smoke@v1.0.0", "smoke#production#1"}
 
@@ -124,7 +125,7 @@ def test_what_is_not_promoted(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, message: str
 ) -> None:
     if fault == "refused":
-        paths.DD1_STUDENT.write_text("changed since it was judged")
+        paths.DD2_GENERATOR.write_text("changed since it was judged")
     elif fault == "undecided":
         paths.GATE_DECISION.unlink()
     elif fault == "another student":

@@ -81,6 +81,7 @@ def page(tmp_path, template="report.html", **changes):
             ("Teacher", chart({"loss": CURVE["fid_1step"]}, "nats")),
         ],
         "export": EXPORT,
+        "exported": "DD1 student, 1 step",
         "interpolations": [("DD1 student, 1 step", embed_png(tmp_path / "grid.png"))],
         "provenance": {"platform": "Linux", "sha256 of the teacher": "cd34" * 16},
     }
@@ -120,7 +121,7 @@ def test_the_page_holds_the_figures(tmp_path):
     text = page(tmp_path)
     words = " ".join(" ".join(References(text).text).split())
     for line in (
-        "DD1 student, 1 step 1 10.12 \u00b1 0.11 2.00 90.5% \u00b1 0.2%",
+        "DD1 student, 1 step, exported 1 10.12 \u00b1 0.11 2.00 90.5% \u00b1 0.2%",
         "DD1 student, 2 steps 2 5.50 \u00b1 0.11 1.09 94.0%",
         "Teacher, ordinary sampling 16 5.06 \u00b1 0.11 1.00 95.5%",
         "Teacher-involved, 4-8 6 5.25",

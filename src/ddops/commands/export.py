@@ -49,7 +49,7 @@ def run_export(arguments: argparse.Namespace) -> None:
     workspace = find_workspace(arguments.model, arguments.params)
     config, export = workspace.config, workspace.config.export
     if not workspace.student.is_file():
-        raise CommandError(f"{workspace.student}: missing; run dvc repro distill_dd1")
+        raise CommandError(f"{workspace.student}: missing; run dvc repro distill_{export.student}")
     most = len(config.dd1.start_positions)
     steps = arguments.steps or export.steps
     if not 1 <= steps <= most:
@@ -59,10 +59,10 @@ def run_export(arguments: argparse.Namespace) -> None:
         # A token that flips moves many pixels: what bounds single pixels in float32 says nothing here.
         export = replace(export, precision="float16", tolerance=None, min_psnr=30.0, min_equal_tokens=0.95)
 
-    from ddops.export.bundle import Sources, write_bundle
+    from ddops.export.bundle import find_sources, write_bundle
     from ddops.export.provenance import provenance
 
-    sources = Sources(workspace.student, workspace.tokenizer, config.dd1.start_positions, config.dd1.logit_prefix)
+    sources = find_sources(workspace.student, workspace.tokenizer, config.dd1, config.dd2, export)
     facts = provenance(config.preset, export, workspace.student, workspace.root / "dvc.lock")
     parity = write_bundle(arguments.output, sources, export, facts)
     print(

@@ -11,14 +11,14 @@ from ddops.evaluation.protocols import open_protocol
 from ddops.evaluation.ruler import open_ruler
 from ddops.export.manifest import MODEL
 from ddops.export.session import open_session, run_session
-from ddops.models.weights import load_student
+from ddops.models.weights_dd2 import load_generator
 from ddops.stages import paths
 from ddops.stages.statistics import statistics_file
 
 
 def judge_exported(config: Config) -> dict[str, float]:
     """Every figure of the ONNX graph at the protocol's first seed, with the noise and labels of the student's row."""
-    student = load_student(paths.DD1_STUDENT)
+    student = load_generator(paths.TOKENIZER, paths.STUDENTS[config.export.student])
     session = open_session(paths.ONNX_BUNDLE / MODEL)
     code_dim = config.teacher.model.code_dim
 

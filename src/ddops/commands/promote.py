@@ -49,7 +49,7 @@ def run_promote(arguments: argparse.Namespace) -> None:
     require_tools()
     config = load_config(paths.PARAMS)
     decision = _fresh_decision(config)
-    files = _exported_files()
+    files = _exported_files(config)
     registry = Registry.load(paths.PRODUCTION)
     if registry.current is not None and registry.versions[registry.current]["files"] == files:
         raise CommandError(f"this model is in production already, as {registry.current}")
@@ -67,6 +67,7 @@ def run_promote(arguments: argparse.Namespace) -> None:
         "source_commit": git("rev-parse", "HEAD"),
         "decision": decision,
         "exported": exported,
+        "row": config.export.row,
         "metrics": json.loads(paths.METRICS.read_text()),
     }
     registry.promote(version, facts, by=arguments.by or user(), reason=arguments.reason)
@@ -107,7 +108,7 @@ def _fresh_decision(config: Config) -> dict[str, Any]:
     if not paths.GATE_DECISION.exists():
         raise CommandError(f"{paths.GATE_DECISION}: missing; run dvc repro gate")
     try:
-        decided = decide_now(config.gate, config.evaluate)
+        decided = decide_now(config.gate, config.evaluate, config.export)
     except StageError as error:
         raise CommandError(str(error)) from error
     recorded = json.loads(paths.GATE_DECISION.read_text())
@@ -118,15 +119,13 @@ def _fresh_decision(config: Config) -> dict[str, Any]:
     return decided.plain()
 
 
-def _exported_files() -> dict[str, str]:
+def _exported_files(config: Config) -> dict[str, str]:
     """The bundle's files and their hashes, if it is of the student in hand."""
     manifest = paths.ONNX_BUNDLE / "manifest.json"
     if not manifest.exists():
         raise CommandError(f"{manifest}: missing; run dvc repro export_onnx")
-    stated, student = (
-        json.loads(manifest.read_text())["facts"].get("ddops.student_sha256"),
-        sha256_file(paths.DD1_STUDENT),
-    )
+    stated = json.loads(manifest.read_text())["facts"].get("ddops.student_sha256")
+    student = sha256_file(paths.STUDENTS[config.export.student])
     if stated != student:
         raise CommandError(
             f"{manifest}: is of the student {str(stated)[:12]}, in hand is {student[:12]}; run dvc repro export_onnx"
@@ -146,7 +145,7 @@ def _judge_export(config: Config) -> dict[str, Any]:
     figures = judge_exported(config)
     metrics: dict[str, Any] = json.loads(paths.METRICS.read_text())
     known = {**metrics, "export": json.loads(paths.EXPORT_METRICS.read_text()), "exported": figures}
-    verdicts = decide(known, config.gate.export_rules)
+    verdicts = decide(known, config.gate.export_rules, row=config.export.row)
     if failed := [verdict.sentence() for verdict in verdicts if not verdict.passed]:
         raise CommandError("the exported graph is refused\n  " + "\n  ".join(failed))
     return {"figures": figures, "rules": [verdict.sentence() for verdict in verdicts]}

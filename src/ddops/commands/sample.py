@@ -32,7 +32,7 @@ def register(commands: Subparsers) -> None:
     parser.add_argument("model", help="a preset, a workspace, or a directory that ddops fetch wrote")
     parser.add_argument("--classes", required=True, help="numbers or ImageNet names, with commas between them")
     parser.add_argument("--count", type=_positive, default=1, help="images a class; default: 1")
-    parser.add_argument("--row", choices=["teacher", "dd1"], help="default: dd1 where there is a student")
+    parser.add_argument("--row", choices=["teacher", "dd1", "dd2"], help="default: the student that is exported")
     parser.add_argument("--steps", type=_steps, help=f"of the student, default: 1; of a teacher: {ALL}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N")
@@ -68,14 +68,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _choose(arguments: argparse.Namespace, workspace: Workspace) -> tuple[str, int]:
     """The row and its number of steps, refused where they do not go together."""
-    row = arguments.row or ("dd1" if workspace.student.is_file() else "teacher")
+    row = arguments.row or (workspace.config.export.student if workspace.student.is_file() else "teacher")
     levels = len(workspace.config.teacher.model.level_sizes)
     if row == "teacher":
         if arguments.steps not in (None, ALL, levels):
             raise CommandError(f"--steps {arguments.steps}: a teacher takes all of its {levels} steps: --steps {ALL}")
         return row, levels
-    if not workspace.student.is_file():
-        raise CommandError(f"{workspace.student}: missing; run dvc repro distill_dd1, or ask for --row teacher")
+    student = workspace.student_of(row)
+    if not student.is_file():
+        raise CommandError(f"{student}: missing; run dvc repro distill_{row}, or ask for --row teacher")
     most = len(workspace.config.dd1.start_positions)
     steps = most if arguments.steps == ALL else arguments.steps or 1
     if steps > most:
@@ -86,17 +87,22 @@ def _choose(arguments: argparse.Namespace, workspace: Workspace) -> tuple[str, i
 def _draw(workspace: Workspace, row: str, steps: int, request: Request, seed: int) -> Tensor:
     """uint8 images (N, I, H, W)."""
     from ddops.evaluation.device import accelerator
-    from ddops.evaluation.drawing import dd1_row, draw_all
+    from ddops.evaluation.drawing import draw_all
     from ddops.evaluation.rows import Models, build_row
     from ddops.models.weights import load_student, load_teacher
+    from ddops.models.weights_dd2 import load_generator
     from ddops.stages import paths
 
     config = workspace.config
     teacher = load_teacher(workspace.tokenizer, workspace.transformer).to(accelerator())
-    student = load_student(workspace.student).to(accelerator()) if row == "dd1" else None
+    student = load_student(workspace.student_of(row)).to(accelerator()) if row == "dd1" else None
+    dd2_file = workspace.student_of("dd2")
+    generator = load_generator(workspace.tokenizer, dd2_file).to(accelerator()) if row == "dd2" else None
     trajectories = workspace.root / paths.TRAJECTORIES
-    models = Models(teacher, student, config.sampling, config.trajectories, config.dd1, trajectories)
-    name = dd1_row(steps) if row == "dd1" else row
+    models = Models(
+        teacher, student, config.sampling, config.trajectories, config.dd1, trajectories, config.dd2, generator
+    )
+    name = row if row == "teacher" else f"{row}_{steps}step"
     return draw_all(build_row(name, models).draw, request, seed, name)
 
 

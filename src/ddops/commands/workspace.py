@@ -28,7 +28,12 @@ class Workspace(NamedTuple):
 
     @property
     def student(self) -> Path:
-        return self.root / paths.DD1_STUDENT
+        """The one that the configuration exports."""
+        return self.student_of(self.config.export.student)
+
+    def student_of(self, name: str) -> Path:
+        """``dd1`` or ``dd2``."""
+        return self.root / paths.STUDENTS[name]
 
 
 def find_workspace(target: str, params: Path) -> Workspace:

@@ -190,6 +190,11 @@ class ExportConfig:
     license: Annotated[str, Field(min_length=1)]
     """Of the weights; goes into the model's metadata."""
 
+    @property
+    def row(self) -> str:
+        """The row of the table that has the exported model's figures."""
+        return f"{self.student}_{self.steps}step"
+
 
 @config
 class ProfileConfig:
@@ -264,8 +269,10 @@ class Config:
                 f"export.steps: {self.export.steps} steps need as many dd1.start_positions, "
                 f"which are {self.dd1.start_positions}"
             )
-        if (row := f"{self.export.student}_{self.export.steps}step") not in self.evaluate.rows:
-            raise ValueError(f"evaluate.rows: {row} is missing, which is what is exported: it must be judged")
+        if self.export.row not in self.evaluate.rows:
+            raise ValueError(
+                f"evaluate.rows: {self.export.row} is missing, which is what is exported: it must be judged"
+            )
 
     def _check_row(self, name: str) -> None:
         """A row must be one that these models can draw."""

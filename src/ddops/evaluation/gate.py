@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from ddops.config.evaluation import GateConfig, GateOverride, GateRule
 
 PRODUCTION: Final = "production"
+STUDENT: Final = "student"
+"""In a rule: the row of the model that is exported, whichever the preset names."""
 _COMPARED: Final = (
     *("name", "features", "features_sha256", "feature_dim", "reference_sha256", "labels", "image_size", "resize"),
     "quantisation",
@@ -98,9 +100,16 @@ def decide(
     metrics: Mapping[str, Any],
     rules: Mapping[str, GateRule],
     production: Mapping[str, Any] | None = None,
+    *,
+    row: str,
 ) -> list[Verdict]:
-    """A verdict for every rule, in order; ``production``: the metrics of the model in production, if there is one."""
-    return [_judge(name, rule, metrics, production) for name, rule in rules.items()]
+    """A verdict for every rule, in order.
+
+    Args:
+        production: the metrics of the model in production, if there is one; under ``student`` those of its own row.
+        row: what ``student`` in a rule stands for.
+    """
+    return [_judge(name, rule, metrics, production, row) for name, rule in rules.items()]
 
 
 def gate_decision(
@@ -110,11 +119,14 @@ def gate_decision(
     models: Mapping[str, str],
     protocol: Mapping[str, Any],
     production: Mapping[str, Any] | None,
+    student: str,
+    row: str,
 ) -> Decision:
-    """The decision: ``models`` are the hashes of the files in hand, ``protocol`` is what the figures must state."""
+    """The decision on the model ``student`` and its ``row``: ``models`` are the hashes of the files in hand,
+    ``protocol`` is what the figures must state."""
     checks = (*_model_checks(metrics, models), *_protocol_checks(metrics, protocol))
-    verdicts = tuple(decide(metrics, config.rules, production))
-    return Decision(checks, verdicts, models.get("dd1", ""), config.override)
+    verdicts = tuple(decide(metrics, config.rules, production, row=row))
+    return Decision(checks, verdicts, models[student], config.override)
 
 
 def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -147,7 +159,11 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def _judge(name: str, rule: GateRule, metrics: Mapping[str, Any], production: Mapping[str, Any] | None) -> Verdict:
+def _judge(
+    name: str, stated: GateRule, metrics: Mapping[str, Any], production: Mapping[str, Any] | None, row: str
+) -> Verdict:
+    relative_to = stated.relative_to and _resolve(stated.relative_to, row)
+    rule = replace(stated, value=_resolve(stated.value, row), relative_to=relative_to)
     value, quantity = _lookup(metrics, rule.value), rule.value
     bounds = [f"at most {rule.max:g}"] if rule.max is not None else []
     bounds += [f"at least {rule.min:g}"] if rule.min is not None else []
@@ -163,7 +179,7 @@ def _judge(name: str, rule: GateRule, metrics: Mapping[str, Any], production: Ma
             reason = f"the model in production was judged by another protocol: {', '.join(different)}"
             return Verdict(name, quantity, None, f"{bound} ({reason})", False)
         else:
-            base = _lookup(production, rule.value)
+            base = _lookup(production, stated.value)
         value = value / base if value is not None and base else None
     passed = value is not None
     if value is not None and rule.max is not None:
@@ -171,6 +187,12 @@ def _judge(name: str, rule: GateRule, metrics: Mapping[str, Any], production: Ma
     if value is not None and rule.min is not None:
         passed = passed and value >= rule.min
     return Verdict(name, quantity, value, bound + _distance(value, rule), passed)
+
+
+def _resolve(quantity: str, row: str) -> str:
+    """``student.fid`` is the row's; anything else is itself."""
+    name, dot, figure = quantity.partition(".")
+    return f"{row}{dot}{figure}" if name == STUDENT else quantity
 
 
 def _distance(value: float | None, rule: GateRule) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ddops.files import write_json
 
@@ -26,7 +26,7 @@ class Registry:
     path: Path
     current: str | None = None
     versions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Version -> bundle, file hashes, metrics, decision, source commit."""
+    """Version -> bundle, file hashes, metrics and which row of them is its own, decision, source commit."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Every step, oldest first: what, version, when, by whom, why."""
 
@@ -99,8 +99,13 @@ class Registry:
 
 
 def metrics_in_production(path: Path) -> dict[str, Any] | None:
-    """The metrics of the model in production, None while there is none; raises RegistryError."""
+    """The metrics of the model in production, its own row under ``student`` too; None while there is none.
+
+    Raises:
+        RegistryError: the file is damaged.
+    """
     registry = Registry.load(path)
     if registry.current is None:
         return None
-    return cast("dict[str, Any]", registry.versions[registry.current]["metrics"])
+    facts = registry.versions[registry.current]
+    return {**facts["metrics"], "student": facts["metrics"][facts["row"]]}

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ddops.class_names import class_names
-from ddops.config.stages import ExportConfig
+from ddops.config.dd2 import DD2Config, NotTrainedConfig
+from ddops.config.stages import DD1Config, ExportConfig
 from ddops.export.copying import place_file
 from ddops.export.graph import OneStepGraph
 from ddops.export.manifest import (
@@ -26,7 +27,7 @@ from ddops.export.manifest import (
 from ddops.export.onnx import EXTERNAL_SUFFIX, export_onnx
 from ddops.export.parity import Parity, ParityBounds, measure_parity, onnx_drawer, require_parity
 from ddops.files import sha256_file
-from ddops.models.weights import load_tokenizer
+from ddops.models.weights import TOKENIZER, load_metadata, load_tokenizer
 from ddops.models.weights_dd2 import load_generator
 from ddops.sampling.noise import NOISE_VERSION, Stream, normals
 
@@ -104,6 +105,14 @@ def write_bundle(
     )
     write_manifest(directory, manifest)
     return parity
+
+
+def find_sources(student: Path, tokenizer: Path, dd1: DD1Config, dd2: DD2Config, export: ExportConfig) -> Sources:
+    """The files with what the configuration says of sampling that student; raises :class:`CheckpointError`."""
+    if export.student == "dd1" or isinstance(dd2, NotTrainedConfig):
+        return Sources(student, tokenizer, dd1.start_positions, dd1.logit_prefix)
+    config, _ = load_metadata(tokenizer, TOKENIZER)
+    return Sources(student, tokenizer, dd1.start_positions, dd2.logit_prefix(len(config.level_sizes)))
 
 
 def load_graph(student: Path, tokenizer: Path, start_positions: tuple[int, ...], logit_prefix: int) -> OneStepGraph:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ddops.config.base import plain
 from ddops.config.evaluation import EvaluateConfig, GateConfig
+from ddops.config.stages import ExportConfig
 from ddops.evaluation.gate import Decision, gate_decision
 from ddops.evaluation.production import metrics_in_production
 from ddops.files import sha256_file, sha256_json, write_json
@@ -17,14 +18,14 @@ from ddops.stages.common import ModelRefusedError, require, run_stage
 log = logging.getLogger(__name__)
 
 
-def gate(gate: GateConfig, evaluate: EvaluateConfig) -> None:
+def gate(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig) -> None:
     """Write ``reports/gate.json``.
 
     Raises:
         ModelRefusedError: a rule failed, or the figures are of another model; the decision is written all the same.
     """
     paths.GATE_DECISION.unlink(missing_ok=True)
-    decision = decide_now(gate, evaluate)
+    decision = decide_now(gate, evaluate, export)
     write_json(paths.GATE_DECISION, decision.plain())
     if not decision.passed:
         way_out = ""
@@ -41,8 +42,8 @@ def gate(gate: GateConfig, evaluate: EvaluateConfig) -> None:
         log.warning("OVERRIDDEN by %s: %s", decision.override.by, decision.override.reason)
 
 
-def decide_now(gate: GateConfig, evaluate: EvaluateConfig) -> Decision:
-    """The decision on what lies in the workspace now.
+def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig) -> Decision:
+    """The decision on what lies in the workspace now, and of it on the student that is to be exported.
 
     Raises:
         StageError: the figures or the model are missing.
@@ -52,8 +53,9 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig) -> Decision:
         "tokenizer": require(paths.TOKENIZER, "teacher"),
         "teacher": require(paths.TRANSFORMER, "teacher"),
         "dd1": require(paths.DD1_STUDENT, "distill_dd1"),
-        **({"dd2": paths.DD2_GENERATOR} if paths.DD2_GENERATOR.exists() else {}),
     }
+    if export.student == "dd2" or paths.DD2_GENERATOR.exists():
+        files["dd2"] = require(paths.DD2_GENERATOR, "distill_dd2")
     protocol = {
         "name": evaluate.protocol,
         "settings_sha256": sha256_json(plain(evaluate)),
@@ -61,7 +63,15 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig) -> Decision:
     }
     models = {name: sha256_file(path) for name, path in files.items()}
     production = metrics_in_production(paths.PRODUCTION)
-    return gate_decision(metrics, gate, models=models, protocol=protocol, production=production)
+    return gate_decision(
+        metrics,
+        gate,
+        models=models,
+        protocol=protocol,
+        production=production,
+        student=export.student,
+        row=export.row,
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ TRAJECTORIES = Path("data/trajectories")
 DD1_STUDENT = Path("artifacts/dd1/student.safetensors")
 AR_DIFFUSION = Path("artifacts/ar_diffusion/model.safetensors")
 DD2_GENERATOR = Path("artifacts/dd2/generator.safetensors")
+STUDENTS = {"dd1": DD1_STUDENT, "dd2": DD2_GENERATOR}
+"""By ``export.student``; the stage that makes one is ``distill_<name>``."""
 SAMPLES = Path("data/samples")
 SAMPLES_MANIFEST = SAMPLES / "manifest.json"
 ONNX_BUNDLE = Path("artifacts/onnx")

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ddops.config.stages import ExportConfig
 from ddops.evaluation.provenance import provenance
-from ddops.evaluation.report import FACTS, chart, grids, read_curve, render, table
+from ddops.evaluation.report import FACTS, chart, grids, read_curve, render, table, title
 from ddops.files import write_text
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
 
 
-def report(preset: str, seed: int) -> None:
+def report(preset: str, seed: int, export: ExportConfig) -> None:
     """Write ``reports/index.html`` and ``reports/model_card.md``, of a refused model too."""
     metrics = json.loads(require(paths.METRICS, "evaluate").read_text())
     decision = json.loads(require(paths.GATE_DECISION, "gate").read_text())
     values = {
         "preset": preset,
         "seed": seed,
-        "summary": _summary(metrics),
+        "summary": _summary(metrics, export),
+        "exported": title(export.row),
         "table": table(metrics),
         "protocol": metrics["protocol"],
         "samples": max(row["samples"] for name, row in metrics.items() if name not in FACTS),
@@ -33,12 +35,16 @@ def report(preset: str, seed: int) -> None:
     write_text(paths.MODEL_CARD, render("model_card.md", **values))
 
 
-def _summary(metrics: dict[str, Any]) -> str:
-    student, teacher = metrics.get("dd1_1step"), metrics.get("teacher")
-    if student is None or teacher is None:
-        return "The table compares what was drawn."
+def _summary(metrics: dict[str, Any], export: ExportConfig) -> str:
+    """What is exported, beside the teacher, and DD1's student where that is another one."""
+    student, teacher = metrics[export.row], metrics.get("teacher")
+    if teacher is None:
+        return f"{title(export.row)}, FID {student['fid']:.2f}."
+    dd1 = metrics.get(f"dd1_{export.steps}step") if export.student != "dd1" else None
+    beside = f", DD1's student has {dd1['fid']:.2f}" if dd1 else ""
     return (
-        f"{teacher['passes']} teacher steps in 1, FID {student['fid']:.2f} against the teacher's {teacher['fid']:.2f}."
+        f"{teacher['passes']} teacher steps in {export.steps}: {title(export.row)}, FID {student['fid']:.2f} against "
+        f"the teacher's {teacher['fid']:.2f}{beside}."
     )
 
 
@@ -60,10 +66,10 @@ def _charts() -> list[tuple[str, str]]:
         ("Classifier: cross-entropy", "classifier", ["loss"], "loss", True),
     ]
     charts = []
-    for title, stage, names, unit, log in wanted:
+    for heading, stage, names, unit, log in wanted:
         files = [paths.CURVES / stage / "plots" / "metrics" / f"{name}.tsv" for name in names]
         if curves := {file.stem: read_curve(file) for file in files if file.exists()}:
-            charts.append((title, chart(curves, unit, log=log)))
+            charts.append((heading, chart(curves, unit, log=log)))
     return charts
 
 
