@@ -1,18 +1,22 @@
 """Agreement of the flow map with a far finer solve, against evaluations of the posterior mean a token.
 
-    python benchmarks/flow_frontier.py --output benchmarks/results/flow_frontier.json
+    python benchmarks/flow_frontier.py --output benchmarks/results/flow_frontier.json [--minutes 5] [--only VAR]
 
 Codebooks and distributions are random: `flat` logits have standard deviation 1, `peaked` ones 4 (perplexities are in
 the results). The fine solve is DPM-Solver++ (2M) on 200 points of a wide log-SNR grid in float64; in one dimension the
 quantile map, which is exact. The tests of whether a code is decided count as evaluations. Also: the total-variation
-distance of the frequencies to p beside that of as many ordinary draws. Run it again to go on: finished parts are kept.
-The chart is written beside the results.
+distance of the frequencies to p beside that of as many ordinary draws.
+
+Tokens come in blocks, each with its own random numbers, and every block is written when it is done: run the command
+again to go on (`--minutes` ends it after the block under way). The default seed is not the one that the solver's
+constants were chosen on (0). A finished run draws the chart and the table beside the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -29,10 +33,14 @@ from ddops.flow import solvers
 from ddops.flow.solvers import solve_flow
 
 SHARPNESS = {"flat": 1.0, "peaked": 4.0}
-FIXED = {"euler": (16, 32, 64), "heun": (9, 17, 33, 65), "multistep": (8, 16, 32, 64)}
-TOLERANCES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+FIXED = {"euler": (16, 32, 64), "heun": (17, 33, 65), "multistep": (16, 32, 64)}
+TOLERANCES = (1e-2, 3e-3, 1e-3, 5e-4, 3e-4)
 FINE_RANGE, FINE_POINTS = (-3.0, 3.5), 200
-SEED = 0
+BLOCK = 500
+"""Tokens with random numbers of their own."""
+FIXED_BLOCKS = 2
+"""The fixed grids err by per cents, not tenths of one: fewer tokens tell."""
+DRAWS, ORDINARY_REPEATS = 10_000, 20
 
 
 class Shape(NamedTuple):
@@ -46,27 +54,36 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "V 8, C 1": Shape(8, 1, False, 0, 4000),
-    "V 64, C 4 (digits)": Shape(64, 4, False, 0, 4000),
-    "V 1024, C 8, unit norm": Shape(1024, 8, True, 0, 4000),
-    "V 4096, C 32, top 900 (VAR)": Shape(4096, 32, False, 900, 2000),
-    "V 16384, C 8, unit norm (LlamaGen)": Shape(16384, 8, True, 0, 2000),
+    "V 8, C 1": Shape(8, 1, False, 0, 20_000),
+    "V 64, C 4 (digits)": Shape(64, 4, False, 0, 10_000),
+    "V 1024, C 8, unit norm": Shape(1024, 8, True, 0, 5_000),
+    "V 4096, C 32, top 900 (VAR)": Shape(4096, 32, False, 900, 5_000),
+    "V 16384, C 8, unit norm (LlamaGen)": Shape(16384, 8, True, 0, 5_000),
 }
 
 
-def problem(shape: Shape, sharpness: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise (N, C), log-probabilities (N, V) and a codebook (V, C), float64."""
-    generator = torch.Generator().manual_seed(SEED)
+class Problem(NamedTuple):
+    """Float64."""
+
+    noise_NC: Tensor
+    log_p_NV: Tensor
+    codebook_VC: Tensor
+
+
+def problem(shape: Shape, sharpness: float, seed: int, block: int, tokens: int = BLOCK) -> Problem:
+    """The same codebook in every block; other tokens."""
+    generator = torch.Generator().manual_seed(seed)
     codebook_VC = torch.randn(shape.codes, shape.width, generator=generator, dtype=torch.float64)
     if shape.unit_norm:
         codebook_VC = torch.nn.functional.normalize(codebook_VC, dim=-1)
     if shape.width == 1:
         codebook_VC = codebook_VC.sort(dim=0).values
-    logits_NV = sharpness * torch.randn(shape.tokens, shape.codes, generator=generator, dtype=torch.float64)
+    generator.manual_seed(1_000_003 * (seed + 1) + block)
+    logits_NV = sharpness * torch.randn(tokens, shape.codes, generator=generator, dtype=torch.float64)
     if shape.top_k:
         logits_NV.masked_fill_(logits_NV < logits_NV.topk(shape.top_k).values[:, -1:], -torch.inf)
-    noise_NC = torch.randn(shape.tokens, shape.width, generator=generator, dtype=torch.float64)
-    return noise_NC, logits_NV.log_softmax(-1), codebook_VC
+    noise_NC = torch.randn(tokens, shape.width, generator=generator, dtype=torch.float64)
+    return Problem(noise_NC, logits_NV.log_softmax(-1), codebook_VC)
 
 
 def truth(noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
@@ -81,100 +98,154 @@ def truth(noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor) -> Tensor:
     return ids_N
 
 
-def measure(shape: Shape, sharpness: float) -> dict[str, Any]:
-    """Every solver's points over one codebook, in float32."""
-    noise_NC, log_p_NV, codebook_VC = problem(shape, sharpness)
-    expected_N = truth(noise_NC, log_p_NV, codebook_VC)
-    entropy = -torch.special.xlogy(log_p_NV.exp(), log_p_NV.exp()).sum(-1)
-    single = noise_NC.float(), log_p_NV.float(), codebook_VC.float()
-    points = []
-    settings = [(name, {"evaluations": count}) for name, counts in FIXED.items() for count in counts]
-    settings += [("adaptive", {"tolerance": tolerance}) for tolerance in TOLERANCES]
+def add_block(part: dict[str, Any], shape: Shape, sharpness: float, seed: int) -> None:
+    """Add one block's counts to every solver's point."""
+    block = part.setdefault("blocks", 0)
+    given = problem(shape, sharpness, seed, block)
+    expected_N = truth(*given)
+    p_NV = given.log_p_NV.exp()
+    perplexity = float((-torch.special.xlogy(p_NV, p_NV).sum(-1)).exp().mean())
+    part["perplexity"] = (part.get("perplexity", 0.0) * block + perplexity) / (block + 1)
+    single = [tensor.float() for tensor in given]
+    settings: list[tuple[str, dict[str, Any]]] = [("adaptive", {"tolerance": tolerance}) for tolerance in TOLERANCES]
+    if block < FIXED_BLOCKS:
+        settings += [(name, {"evaluations": count}) for name, counts in FIXED.items() for count in counts]
+    points = {(point["solver"], point["setting"]): point for point in part.setdefault("points", [])}
     for solver, setting in settings:
+        key = solver, next(iter(setting.values()))
+        point = points.get(key) or dict(
+            zip(("solver", "setting"), key, strict=True), tokens=0, agreed=0, evaluations=0, most=0, cpu_seconds=0.0
+        )
         started = time.process_time()
         ids_N, evaluations_N = solve_flow(*single, solver=solver, **setting)  # type: ignore[arg-type]
-        points.append(
-            {
-                "solver": solver,
-                **setting,
-                "mean_evaluations": float(evaluations_N.double().mean()),
-                "most_evaluations": int(evaluations_N.max()),
-                "agreement": float((ids_N == expected_N).double().mean()),
-                "cpu_seconds": round(time.process_time() - started, 2),
-            }
-        )
-    return {"tokens": shape.tokens, "perplexity": float(entropy.exp().mean()), "points": points}
+        point["cpu_seconds"] = round(point["cpu_seconds"] + time.process_time() - started, 2)
+        point["tokens"] += len(ids_N)
+        point["agreed"] += int((ids_N == expected_N).sum())
+        point["evaluations"] += int(evaluations_N.sum())
+        point["most"] = max(point["most"], int(evaluations_N.max()))
+        points[key] = point
+    part["points"] = [with_rates(point) for _, point in sorted(points.items(), key=str)]
+    part["blocks"] = block + 1
 
 
-def frequencies(shape: Shape, sharpness: float, draws: int = 20_000, repeats: int = 20) -> dict[str, Any]:
+def with_rates(point: dict[str, Any]) -> dict[str, Any]:
+    """A point with what follows from its counts; the standard error is that of a share of so many tokens."""
+    tokens = point["tokens"]
+    # Agresti's and Coull's centre: an observed 100 % has an error too.
+    centre = (point["agreed"] + 2) / (tokens + 4)
+    rates = {
+        "agreement": point["agreed"] / tokens,
+        "standard_error": math.sqrt(centre * (1 - centre) / tokens),
+        "mean_evaluations": point["evaluations"] / tokens,
+    }
+    return {**point, **{name: round(value, 5) for name, value in rates.items()}}
+
+
+def frequencies(shape: Shape, sharpness: float, seed: int) -> dict[str, Any]:
     """Total-variation distance to one p: of the flow map's frequencies, and of ordinary sampling's."""
-    _, log_p_NV, codebook_VC = problem(shape._replace(tokens=1), sharpness)
+    _, log_p_NV, codebook_VC = problem(shape, sharpness, seed, block=-1, tokens=1)
     p_V = log_p_NV[0].exp()
-    generator = torch.Generator().manual_seed(SEED + 1)
+    generator = torch.Generator().manual_seed(seed + 1)
 
     def distance(ids_N: Tensor) -> float:
-        return float(0.5 * (ids_N.bincount(minlength=len(p_V)) / draws - p_V).abs().sum())
+        return float(0.5 * (ids_N.bincount(minlength=len(p_V)) / DRAWS - p_V).abs().sum())
 
-    noise_NC = torch.randn(draws, shape.width, generator=generator)
-    ids_N, _ = solve_flow(noise_NC, log_p_NV.float().expand(draws, -1), codebook_VC.float())
+    noise_NC = torch.randn(DRAWS, shape.width, generator=generator)
+    ids_N, _ = solve_flow(noise_NC, log_p_NV.float().expand(DRAWS, -1), codebook_VC.float())
     ordinary = torch.tensor(
-        [distance(torch.multinomial(p_V, draws, replacement=True, generator=generator)) for _ in range(repeats)]
+        [distance(torch.multinomial(p_V, DRAWS, True, generator=generator)) for _ in range(ORDINARY_REPEATS)]
     )
     return {
-        "draws": draws,
+        "draws": DRAWS,
+        "tolerance": solvers.TOLERANCE,
         "flow_map": distance(ids_N),
         "ordinary_mean": float(ordinary.mean()),
         "ordinary_deviation": float(ordinary.std()),
     }
 
 
-def draw_chart(result: dict[str, Any], path: Path) -> None:
+def draw_chart(frontier: dict[str, Any], path: Path) -> None:
     """Disagreement against evaluations, one panel a codebook and sharpness."""
-    parts = result["frontier"]
-    figure, axes = plt.subplots(len(SHARPNESS), len(SHAPES), figsize=(19, 7), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(SHARPNESS), len(SHAPES), figsize=(19, 7), sharex=True, sharey=True, squeeze=False)
     for row, kind in enumerate(SHARPNESS):
         for axis, shape in zip(axes[row], SHAPES, strict=True):
             axis.set_title(f"{shape}, {kind}", fontsize=9)
-            axis.axhline(1, color="0.8", linewidth=0.8)
-            axis.axhline(0.2, color="0.8", linewidth=0.8)
-            for solver in (*FIXED, "adaptive"):
-                points = [point for point in parts[f"{shape}, {kind}"]["points"] if point["solver"] == solver]
-                x = [point["mean_evaluations"] for point in points]
+            for x, y in ((16, 1), (32, 0.2)):
+                axis.plot([x, x], [0.003, y], ":", color="0.6", linewidth=1)
+                axis.plot([6, x], [y, y], ":", color="0.6", linewidth=1)
+            for solver in ("adaptive", *FIXED):
+                points = [point for point in frontier[f"{shape}, {kind}"]["points"] if point["solver"] == solver]
+                points.sort(key=lambda point: point["mean_evaluations"])
+                x_values = [point["mean_evaluations"] for point in points]
                 # A point without a single disagreement is drawn at half of one.
-                floor = 0.5 / parts[f"{shape}, {kind}"]["tokens"]
-                axis.plot(x, [100 * max(1 - point["agreement"], floor) for point in points], "o-", label=solver, ms=3)
-            axis.set(xscale="log", yscale="log")
+                y_values = [100 * max(1 - point["agreement"], 0.5 / point["tokens"]) for point in points]
+                errors = [100 * point["standard_error"] for point in points]
+                axis.errorbar(x_values, y_values, errors, fmt="o-", label=solver, ms=3, elinewidth=0.8)
+            axis.set(xscale="log", yscale="log", xlim=(6, 80), ylim=(0.003, 60))
             axis.set_xticks([8, 16, 32, 64], labels=["8", "16", "32", "64"])
     axes[0][0].legend(fontsize=8)
-    figure.supxlabel("evaluations of the posterior mean a token, mean")
+    figure.supxlabel("evaluations of the posterior mean a token, mean (dotted: the targets)")
     figure.supylabel("disagreement with the fine solve, %")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the adaptive solver's points, and the frequencies."""
+    head = [f"tolerance {tolerance:g}" for tolerance in TOLERANCES]
+    lines = [
+        "| | " + " | ".join(head) + " | total variation to p: flow map / ordinary |",
+        "|---" * (len(head) + 2) + "|",
+    ]
+    for key, part in result["frontier"].items():
+        points = {point["setting"]: point for point in part["points"] if point["solver"] == "adaptive"}
+        cells = [
+            f"{100 * points[t]['agreement']:.2f} +- {100 * points[t]['standard_error']:.2f} % "
+            f"at {points[t]['mean_evaluations']:.1f}"
+            for t in TOLERANCES
+        ]
+        tv = result["frequencies"][key]
+        cells.append(f"{tv['flow_map']:.4f} / {tv['ordinary_mean']:.4f} +- {tv['ordinary_deviation']:.4f}")
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; run again to go on")
+    parser.add_argument("--only", default="", help="parts whose name holds this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    begun = time.monotonic()
     result: dict[str, Any] = {"frontier": {}, "frequencies": {}}
     if arguments.output.exists():
         result = json.loads(arguments.output.read_text())
+        if result["seed"] != arguments.seed:
+            parser.error(f"{arguments.output} is of seed {result['seed']}: give that one, or another output")
     result["command"] = " ".join(["python", *sys.argv])
     result["date"] = datetime.now(UTC).date().isoformat()
     result["machine"] = f"{platform.system()} {platform.machine()}, 1 thread"
-    result["seed"] = SEED
+    result["seed"] = arguments.seed
+    complete = True
     for kind, sharpness in SHARPNESS.items():
         for name, shape in SHAPES.items():
             key = f"{name}, {kind}"
-            if key not in result["frontier"]:
-                result["frontier"][key] = measure(shape, sharpness)
+            part = result["frontier"].setdefault(key, {})
+            while part.get("blocks", 0) * BLOCK < shape.tokens or key not in result["frequencies"]:
+                if arguments.only not in key or time.monotonic() - begun > 60 * arguments.minutes:
+                    complete = False
+                    break
+                if key not in result["frequencies"]:
+                    result["frequencies"][key] = frequencies(shape, sharpness, arguments.seed)
+                else:
+                    add_block(part, shape, sharpness, arguments.seed)
                 write_json(arguments.output, result)
-            if key not in result["frequencies"]:
-                result["frequencies"][key] = frequencies(shape, sharpness)
-                write_json(arguments.output, result)
-            print(key, json.dumps(result["frontier"][key]["points"][-5:]), result["frequencies"][key], flush=True)
-    draw_chart(result, arguments.output.with_suffix(".png"))
+                print(key, part.get("blocks", 0), f"{time.monotonic() - begun:.0f} s", flush=True)
+    if complete:
+        draw_chart(result["frontier"], arguments.output.with_suffix(".png"))
+        print(table(result))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_bounded_whatever_the_batch(solver, monkeypatch):
     """No array holds more than the chunk's (token, code) pairs, and none has a third axis of C."""
     noise, log_p, codebook = problem(4000, 32, 4, dtype=torch.float32)
-    monkeypatch.setattr(solvers, "CHUNK_ELEMENTS", 32 * 500)
+    monkeypatch.setitem(solvers.CHUNK_ELEMENTS, "cpu", 32 * 500)
     with LargestTensor() as largest:
         flow_map(noise, log_p, codebook, solver=solver, evaluations=8)
     assert 32 * 400 < largest.elements <= 32 * 500
@@ -231,7 +231,7 @@ def test_memory_is_bounded_whatever_the_batch(solver, monkeypatch):
 def test_chunks_do_not_change_the_answer(solver, monkeypatch):
     noise, log_p, codebook = problem(300, 32, 4)
     whole = flow_map(noise, log_p, codebook, solver=solver, evaluations=32)
-    monkeypatch.setattr(solvers, "CHUNK_ELEMENTS", 32 * 7)
+    monkeypatch.setitem(solvers.CHUNK_ELEMENTS, "cpu", 32 * 7)
     assert torch.equal(flow_map(noise, log_p, codebook, solver=solver, evaluations=32), whole)
 
 
