@@ -22,9 +22,17 @@ from ddops.sampling.noise import NOISE_VERSION
 from ddops.stages import paths
 from ddops.stages.trajectories import trajectories as trajectories_stage
 from ddops.trajectories import dataset as dataset_module
-from ddops.trajectories import mappers
+from ddops.trajectories import mappers, memory
 from ddops.trajectories.dataset import TrajectoryDataset
-from ddops.trajectories.generate import Job, SavedTeacher, generate, trajectory_labels, trajectory_noise
+from ddops.trajectories.generate import (
+    Job,
+    SavedTeacher,
+    generate,
+    generate_some,
+    missing_shards,
+    trajectory_labels,
+    trajectory_noise,
+)
 from ddops.trajectories.mappers import in_this_process
 from ddops.trajectories.shards import DatasetError, SettingsDiffer
 from ddops.trajectories.verify import problems
@@ -449,3 +457,65 @@ def test_a_damaged_manifest_is_named(copy, content, message):
     (copy / "manifest.json").write_text(content)
     with pytest.raises(DatasetError, match=rf"manifest\.json: {message}"):
         TrajectoryDataset(copy, CODE_DIM)
+
+
+# the batch size from the memory at hand
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_batch_that_fits_fills_the_memory_and_no_more(family):
+    model = tiny(family).teacher.model
+    free = 3_000_000
+    for weights in (0, 1_000_000):
+        size = memory.fitting_batch(model, weights, free)
+        assert weights + size * memory.sample_bytes(model) <= memory.SHARE * free
+        assert weights + 2 * size * memory.sample_bytes(model) > memory.SHARE * free
+    assert memory.fitting_batch(model, 0, 10**15) == memory.LARGEST
+    assert memory.fitting_batch(model, free, free) == 1
+
+
+def test_a_container_s_limit_counts_and_workers_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
+    assert memory.free_bytes(1) == 8_192_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(2) == 4_096_000
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert memory.free_bytes(2) == 2_000_000
+    (tmp_path / "meminfo").unlink()
+    with pytest.raises(DatasetError, match="batch_size: auto"):
+        memory.free_bytes(1)
+
+
+def test_an_automatic_batch_size_is_recorded_and_kept(tmp_path, monkeypatch):
+    """A later run with more memory goes on with the size of the shards that are there; one with less refuses to mix."""
+    sizes = iter([6, 100, 4])
+    monkeypatch.setattr(SavedTeacher, "fitting_batch", lambda self, workers: next(sizes))
+    assert job(tmp_path, batch_size="auto", count=12).settings["batch_size"] == 6
+    make(tmp_path, batch_size=6, count=12)
+    grown = job(tmp_path, batch_size="auto")
+    assert grown.settings["batch_size"] == 6
+    generate(grown)
+    with pytest.raises(SettingsDiffer, match="batch_size 6, now 4"):
+        generate(job(tmp_path, batch_size="auto"))
+
+
+# machines that share the work
+
+
+def test_shards_made_apart_and_then_ended_are_the_same_bytes(tmp_path, complete):
+    """What a scheduler of its own does: each shard in any order, by anyone, and one run that finds all of them."""
+    assert [plan.number for plan in missing_shards(job(tmp_path))] == [0, 1, 2, 3]
+    assert generate_some(job(tmp_path), {3, 1})["samples"] == 8 + 12
+    assert not (tmp_path / "manifest.json").exists()
+    assert [plan.number for plan in missing_shards(job(tmp_path))] == [0, 2]
+    assert generate_some(job(tmp_path), {0, 1, 2})["samples"] == 24
+    assert generate(job(tmp_path))["samples"] == 0
+    assert contents(tmp_path) == contents(complete)
+
+
+def test_a_shard_past_the_last_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="no shard 4: 44 samples are shards 0 to 3"):
+        generate_some(job(tmp_path), {4})

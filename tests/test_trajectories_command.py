@@ -90,3 +90,19 @@ def test_other_settings_are_refused_unless_replacing_is_asked_for(workspace, cap
 def test_without_a_data_set_it_says_what_to_do(workspace, capsys):
     assert main(["trajectories", "verify", str(workspace)]) == 1
     assert "no manifest, the data set is incomplete" in capsys.readouterr().err
+
+
+def test_machines_share_the_shards_and_one_ends_it(workspace, capsys):
+    data = workspace / paths.TRAJECTORIES
+    assert main(["trajectories", "generate", str(workspace), "--shards", "2,0-1"]) == 0
+    assert not (data / "manifest.json").exists()
+    (data / "shard-00001.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["trajectories", "missing", str(workspace)]) == 0
+    assert capsys.readouterr().out == "1\n"
+    assert main(["trajectories", "generate", str(workspace)]) == 0
+    assert json.loads((workspace / paths.TRAJECTORIES_THROUGHPUT).read_text())["samples"] == 8
+    assert main(["trajectories", "generate", str(workspace), "--shards", "3"]) == 1
+    assert "no shard 3" in capsys.readouterr().err
+    assert main(["trajectories", "generate", str(workspace), "--shards", "0", "--workers", "2"]) == 1
+    assert "one machine's part" in capsys.readouterr().err

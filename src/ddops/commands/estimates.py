@@ -16,14 +16,13 @@ from ddops.commands.arguments import CommandError
 from ddops.config.evaluation import ADM50kEvaluateConfig, DigitsEvaluateConfig, parse_row
 from ddops.config.stages import Config, TrainedDD1Config
 from ddops.models.registry import build_student, build_teacher
+from ddops.trajectories.memory import fitting_batch, sample_bytes
 
 FLOAT: Final = 4
 """Bytes of a float32, which everything is computed and stored in."""
 VGG16_FLOPS_PER_PIXEL: Final = 2 * 15.35e9 / 224**2
 ACTIVATION_BYTES: Final = 68
 """Of a transformer layer, a token and a channel, kept for the backward pass in float32 (arXiv 2205.05198, eq. 1)."""
-FLOW_COPIES: Final = 6
-"""Arrays of the size of a level's logits that the flow map holds at a time."""
 ADAPTIVE_EVALUATIONS: Final = 20
 """Posterior means a token of the solver `adaptive`, rounded up; trajectories.evaluations is only its limit."""
 DIGITS_IMAGES: Final = 1797
@@ -135,7 +134,7 @@ def samples(config: Config) -> int:
     return evaluate.samples
 
 
-def sample_bytes(config: Config) -> int:
+def image_bytes(config: Config) -> int:
     """Bytes of all rows' images."""
     model = config.teacher.model
     image = model.image_channels * model.image_size**2
@@ -176,13 +175,18 @@ def _row_flops(name: str, passes: Passes) -> float:
     return work.get(kind, passes.teacher) + passes.decode
 
 
+def trajectory_batch(config: Config, measured: Measured, device: Device) -> int:
+    """What ``trajectories.batch_size`` comes to on a device of which nothing else is used."""
+    size = config.trajectories.batch_size
+    if size != "auto":
+        return size
+    weights = measured.transformer.bytes + measured.tokenizer.bytes
+    return fitting_batch(config.teacher.model, weights, int(device.memory))
+
+
 def sampling_memory(config: Config, measured: Measured, batch: int) -> float:
-    """Bytes while a teacher is sampled: weights, keys and values, and the flow map's arrays."""
-    model = config.teacher.model
-    halves = 2 if measured.guided else 1
-    cache = 2 * model.depth * model.width * measured.length * batch * halves * FLOAT
-    flow = FLOW_COPIES * batch * measured.largest_level * model.codebook_size * FLOAT
-    return measured.transformer.bytes + measured.tokenizer.bytes + cache + flow
+    """Bytes while a teacher is sampled: weights, and what :func:`sample_bytes` counts."""
+    return measured.transformer.bytes + measured.tokenizer.bytes + batch * sample_bytes(config.teacher.model)
 
 
 def training_memory(config: Config, measured: Measured) -> float:

@@ -119,7 +119,7 @@ def _disk(config: Config, measured: Measured) -> list[str]:
         f"{_bytes(measured.student.bytes)}; DVC's cache may hold them once more",
         f"  trajectories  {_bytes(each * count):>10}  {each:,} bytes each; storing the noise would add "
         f"{noise:,} bytes each, {_bytes(noise * count)}" if count else "",
-        f"  samples       {_bytes(estimates.sample_bytes(config)):>10}",
+        f"  samples       {_bytes(estimates.image_bytes(config)):>10}",
     ]  # fmt: skip
     return ["Disk (estimate)", *filter(None, lines)]
 
@@ -141,7 +141,7 @@ def _download_bytes(config: Config, measured: Measured) -> float:
 
 
 def _memory(config: Config, measured: Measured, device: Device, name: str) -> list[str]:
-    batch = config.trajectories.batch_size
+    batch = estimates.trajectory_batch(config, measured, device)
     needs = {
         f"trajectories (batch {batch})": estimates.sampling_memory(config, measured, batch)
         if config.trajectories.count

@@ -39,7 +39,18 @@ def register(commands: Subparsers) -> None:
     make.add_argument(
         "--replace", action="store_true", help="make anew what other settings made; drop what is past count"
     )
+    make.add_argument(
+        "--shards",
+        type=_shard_numbers,
+        metavar="NUMBERS",
+        help="make these alone (0-3,7) and no manifest: for machines that share the work; generate ends it",
+    )
     make.set_defaults(run=run_generate)
+
+    absent = actions.add_parser("missing", help="print the numbers of the shards that are still to be made, one a line")
+    absent.add_argument("--count", type=_positive, help="samples in all; default: trajectories.count")
+    absent.add_argument("--replace", action="store_true", help="count shards of other settings as missing")
+    absent.set_defaults(run=run_missing)
 
     check = actions.add_parser("verify", help="check every byte; exits with 1 where something is wrong")
     check.set_defaults(run=run_verify)
@@ -57,7 +68,7 @@ def register(commands: Subparsers) -> None:
         help="with N ordinary samples, level by level",
     )
     look.set_defaults(run=run_inspect)
-    for action in (make, check, look):
+    for action in (make, absent, check, look):
         action.add_argument("model", nargs="?", default=".", help="a workspace or preset; default: here")
         action.add_argument("--directory", type=Path, help=f"of the data set; default: {paths.TRAJECTORIES} there")
         add_params(action)
@@ -65,19 +76,19 @@ def register(commands: Subparsers) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     """Complete the data set and keep the throughput as a metric."""
-    from dataclasses import replace
-
     from ddops.files import write_json
     from ddops.trajectories import mappers
-    from ddops.trajectories.generate import generate
+    from ddops.trajectories.generate import generate, generate_some
     from ddops.trajectories.shards import DatasetError
 
-    workspace, job = _job(arguments)
-    if arguments.count:
-        job = replace(job, config=replace(job.config, count=arguments.count))
-    if not job.config.count:
-        raise CommandError("trajectories.count is 0: nothing is to be made; pass --count N")
+    if arguments.shards is not None and (arguments.dask or arguments.workers > 1):
+        raise CommandError("--shards is one machine's part, made in this process: leave out --workers and --dask")
+    workspace, job = _job(arguments, arguments.workers)
     try:
+        if arguments.shards is not None:
+            metrics = generate_some(job, arguments.shards, replace=arguments.replace)
+            print(f"{job.directory}: {json.dumps(metrics)}")
+            return
         mapper: mappers.Mapper = mappers.in_this_process
         if arguments.dask:
             mapper = mappers.dask(None if arguments.dask == "local" else arguments.dask, max(2, arguments.workers))
@@ -89,6 +100,19 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if metrics["samples"]:
         write_json(workspace.root / paths.TRAJECTORIES_THROUGHPUT, metrics)
     print(f"{job.directory}: {job.config.count} samples, {json.dumps(metrics)}")
+
+
+def run_missing(arguments: argparse.Namespace) -> None:
+    """Print what ``generate --shards`` may be given."""
+    from ddops.trajectories.generate import missing_shards
+    from ddops.trajectories.shards import DatasetError
+
+    _, job = _job(arguments, 1)
+    try:
+        for plan in missing_shards(job, replace=arguments.replace):
+            print(plan.number)
+    except DatasetError as error:
+        raise CommandError(f"{error} (--replace)" if "or replace" in str(error) else str(error)) from None
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
@@ -130,10 +154,10 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     print(f"  samples a class  {int(counts.min())} to {int(counts.max())}")
     print(f"  settings         {json.dumps(manifest['settings'])}")
     if arguments.grid or arguments.compare:
-        _look(arguments, workspace, dataset.labels_N, dataset.ids_NL)
+        _look(arguments, workspace, dataset.labels_N, dataset.ids_NL, manifest["settings"]["batch_size"])
 
 
-def _look(arguments: argparse.Namespace, workspace: Workspace, labels_N: Tensor, ids_NL: Tensor) -> None:
+def _look(arguments: argparse.Namespace, workspace: Workspace, labels_N: Tensor, ids_NL: Tensor, batch: int) -> None:
     from torch.nn import functional as F
 
     from ddops.evaluation.images import grid, save_png, to_uint8
@@ -146,7 +170,7 @@ def _look(arguments: argparse.Namespace, workspace: Workspace, labels_N: Tensor,
         print(f"  {arguments.grid}: samples 0 to {len(images_NIHW) - 1}")
     if arguments.compare:
         count = min(arguments.compare, len(labels_N))
-        first_NL, second_NL = (_ordinary(workspace, teacher, labels_N[:count], half) for half in (0, 1))
+        first_NL, second_NL = (_ordinary(workspace, teacher, labels_N[:count], batch, half) for half in (0, 1))
         print(
             f"  token frequencies over {count} samples, total-variation distance: "
             "to ordinary sampling, and of that to itself drawn anew"
@@ -157,7 +181,7 @@ def _look(arguments: argparse.Namespace, workspace: Workspace, labels_N: Tensor,
             print(f"    level {level:3d}  {next(pair):.3f}  {next(pair):.3f}")
 
 
-def _ordinary(workspace: Workspace, teacher: Teacher, labels_N: Tensor, half: int) -> Tensor:
+def _ordinary(workspace: Workspace, teacher: Teacher, labels_N: Tensor, batch: int, half: int) -> Tensor:
     """Token ids (N, L) of ordinary sampling with the same labels."""
     import numpy as np
     import torch
@@ -165,7 +189,7 @@ def _ordinary(workspace: Workspace, teacher: Teacher, labels_N: Tensor, half: in
     from ddops.sampling.noise import Stream, uniforms
     from ddops.sampling.teacher import categorical_picker, sample_teacher
 
-    drawn, batch = [], workspace.config.trajectories.batch_size
+    drawn = []
     for first in range(0, len(labels_N), batch):
         labels_B = labels_N[first : first + batch]
         indices_B = np.arange(first, first + len(labels_B), dtype=np.int64)
@@ -187,12 +211,27 @@ def _place(arguments: argparse.Namespace) -> tuple[Workspace, Path]:
     return workspace, arguments.directory or workspace.root / paths.TRAJECTORIES
 
 
-def _job(arguments: argparse.Namespace) -> tuple[Workspace, Job]:
+def _job(arguments: argparse.Namespace, workers: int) -> tuple[Workspace, Job]:
+    from dataclasses import replace
+
     from ddops.trajectories.generate import Job, SavedTeacher
 
     workspace, directory = _place(arguments)
     config, teacher = workspace.config, SavedTeacher.of(workspace.tokenizer, workspace.transformer)
-    return workspace, Job.of(teacher, config.trajectories, config.sampling, config.seed, directory)
+    trajectories = replace(config.trajectories, count=arguments.count or config.trajectories.count)
+    if not trajectories.count:
+        raise CommandError("trajectories.count is 0: nothing is to be made; pass --count N")
+    return workspace, Job.of(teacher, trajectories, config.sampling, config.seed, directory, workers)
+
+
+def _shard_numbers(text: str) -> frozenset[int]:
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise argparse.ArgumentTypeError(f"numbers and ranges such as 0-3,7, got {text!r}")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return frozenset(numbers)
 
 
 def _positive(text: str) -> int:

@@ -113,7 +113,9 @@ class TrajectoriesConfig(FlowMapConfig):
     """0 where nothing is trained on them: a released student."""
     shard_size: PositiveInt
     """Trajectories a shard."""
-    batch_size: PositiveInt
+    batch_size: PositiveInt | Literal["auto"]
+    """Samples at a time. ``auto``: as many as the memory at hand holds, see :mod:`ddops.trajectories.memory`; or what
+    the shards that are there already were made with. The number is recorded, because rounding may depend on it."""
 
 
 @config

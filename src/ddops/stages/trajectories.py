@@ -8,7 +8,7 @@ from ddops.files import write_json
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
 from ddops.trajectories.generate import Job, SavedTeacher, generate, write_empty
-from ddops.trajectories.mappers import from_environment
+from ddops.trajectories.mappers import from_environment, workers_from_environment
 
 
 def trajectories(seed: int, sampling: SamplingConfig, trajectories: TrajectoriesConfig) -> None:
@@ -17,7 +17,7 @@ def trajectories(seed: int, sampling: SamplingConfig, trajectories: Trajectories
         write_empty(paths.TRAJECTORIES, "trajectories.count is 0: nothing is trained on them")
         return
     teacher = SavedTeacher.of(require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher"))
-    job = Job.of(teacher, trajectories, sampling, seed, paths.TRAJECTORIES)
+    job = Job.of(teacher, trajectories, sampling, seed, paths.TRAJECTORIES, workers_from_environment())
     # DVC runs this because something changed, and keeps the data set of before in its cache.
     metrics = generate(job, replace=True, mapper=from_environment())
     if metrics["samples"]:

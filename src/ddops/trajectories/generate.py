@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,18 @@ from ddops.config.models import SamplingConfig
 from ddops.config.stages import TrajectoriesConfig
 from ddops.files import sha256_file, sha256_json
 from ddops.models.interface import Teacher
-from ddops.models.weights import load_teacher
+from ddops.models.weights import TRANSFORMER, load_metadata, load_teacher
 from ddops.sampling.noise import NOISE_VERSION, Stream, integers, normals
 from ddops.sampling.teacher import flow_picker, sample_teacher
 from ddops.trajectories.mappers import Mapper, in_this_process
+from ddops.trajectories.memory import fitting_batch, free_bytes
 from ddops.trajectories.shards import (
     MANIFEST,
+    DatasetError,
     SettingsDiffer,
     ShardPlan,
     plan_shards,
+    read_shard,
     shard_problem,
     write_manifest,
     write_shard,
@@ -55,6 +58,11 @@ class SavedTeacher:
         sha256 = sha256_json([sha256_file(tokenizer), sha256_file(transformer)])
         return cls(tokenizer.absolute(), transformer.absolute(), sha256)
 
+    def fitting_batch(self, workers: int) -> int:
+        """Samples a batch that fit into the memory at hand where ``workers`` processes share this machine."""
+        weights = self.tokenizer.stat().st_size + self.transformer.stat().st_size
+        return fitting_batch(load_metadata(self.transformer, TRANSFORMER)[0], weights, free_bytes(workers))
+
     @cache  # noqa: B019  one teacher a process, kept to its end
     def __call__(self) -> Teacher:
         return load_teacher(self.tokenizer, self.transformer).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,15 +76,28 @@ class Job:
     open_teacher: Callable[[], Teacher]
     teacher_sha256: str
     config: TrajectoriesConfig
+    """With a number for a batch size."""
     sampling: SamplingConfig
     seed: int
     directory: Path
 
     @classmethod
     def of(
-        cls, teacher: SavedTeacher, config: TrajectoriesConfig, sampling: SamplingConfig, seed: int, directory: Path
+        cls,
+        teacher: SavedTeacher,
+        config: TrajectoriesConfig,
+        sampling: SamplingConfig,
+        seed: int,
+        directory: Path,
+        workers: int = 1,
     ) -> Job:
-        """For a teacher in files."""
+        """For a teacher in files, to be made by ``workers`` processes of this machine (or of machines like it)."""
+        if config.batch_size == "auto":
+            fitting = teacher.fitting_batch(workers)
+            recorded = _recorded_batch_size(directory)
+            batch_size = recorded if recorded is not None and recorded <= fitting else fitting
+            log.info("trajectories: batches of %d (%d fit)", batch_size, fitting)
+            config = replace(config, batch_size=batch_size)
         return cls(teacher, teacher.sha256, config, sampling, seed, directory.absolute())
 
     @property
@@ -157,7 +178,7 @@ def generate(job: Job, *, replace: bool = False, mapper: Mapper = in_this_proces
     """
     plans = plan_shards(job.config.count, job.config.shard_size)
     job.directory.mkdir(parents=True, exist_ok=True)
-    missing = _missing(job, plans, replace)
+    missing = missing_shards(job, replace=replace)
     # While shards change there must be no manifest that vouches for the old ones.
     (job.directory / MANIFEST).unlink(missing_ok=True)
     _remove_strangers(job.directory, plans)
@@ -171,7 +192,33 @@ def generate(job: Job, *, replace: bool = False, mapper: Mapper = in_this_proces
             bar.set_postfix({name: f"{share:.0%}" for name, share in total.shares().items()}, refresh=False)
             bar.update(made.samples)
     write_manifest(job.directory, job.settings, plans)
-    elapsed = time.perf_counter() - started
+    return _metrics(total, time.perf_counter() - started)
+
+
+def generate_some(job: Job, numbers: Collection[int], *, replace: bool = False) -> dict[str, Any]:
+    """Make those of the shards ``numbers`` that are missing, and no manifest: :func:`generate` adds that once all are
+    there. Several machines may do so at once, each with numbers of its own.
+
+    Returns:
+        As :func:`generate`.
+
+    Raises:
+        DatasetError: a number past the last shard.
+        SettingsDiffer: as :func:`generate`.
+    """
+    count = len(plan_shards(job.config.count, job.config.shard_size))
+    if past := sorted(number for number in numbers if not 0 <= number < count):
+        raise DatasetError(f"no shard {past[0]}: {job.config.count} samples are shards 0 to {count - 1}")
+    total, started = Throughput(), time.perf_counter()
+    for plan in missing_shards(job, replace=replace):
+        if plan.number in numbers:
+            (job.directory / MANIFEST).unlink(missing_ok=True)
+            total += make_shard(job, plan)
+            log.info("trajectories: made %s", plan.name)
+    return _metrics(total, time.perf_counter() - started)
+
+
+def _metrics(total: Throughput, elapsed: float) -> dict[str, Any]:
     return {
         "samples": total.samples,
         "samples_per_second": round(total.samples / elapsed, 3) if total.samples else 0.0,
@@ -179,7 +226,13 @@ def generate(job: Job, *, replace: bool = False, mapper: Mapper = in_this_proces
     }
 
 
-def _missing(job: Job, plans: list[ShardPlan], replace: bool) -> list[ShardPlan]:
+def missing_shards(job: Job, *, replace: bool = False) -> list[ShardPlan]:
+    """The shards that are not there, or not whole; with ``replace`` also those of other settings.
+
+    Raises:
+        SettingsDiffer: as :func:`generate`.
+    """
+    plans = plan_shards(job.config.count, job.config.shard_size)
     missing = []
     for plan in plans:
         path = job.directory / plan.name
@@ -202,6 +255,17 @@ def _missing(job: Job, plans: list[ShardPlan], replace: bool) -> list[ShardPlan]
     return missing
 
 
+def _recorded_batch_size(directory: Path) -> int | None:
+    """What the first whole shard of a data set was made with."""
+    for path in sorted(directory.glob("shard-*.safetensors")):
+        try:
+            size = read_shard(path).settings.get("batch_size")
+        except DatasetError:
+            continue
+        return size if isinstance(size, int) else None
+    return None
+
+
 def write_empty(directory: Path, reason: str) -> None:
     """A data set of no trajectories, whose manifest says why."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -216,10 +280,11 @@ def make_shard(job: Job, plan: ShardPlan) -> Throughput:
     teacher = job.open_teacher()
     codebook_VC, length = teacher.codebook_VC, teacher.layout.length
     device, clock = codebook_VC.device, time.perf_counter
+    batch_size = int(job.config.batch_size)
     total, labels, ids = Throughput(), [], []
-    for first in range(plan.first, plan.first + plan.count, job.config.batch_size):
+    for first in range(plan.first, plan.first + plan.count, batch_size):
         begun = clock()
-        indices_B = np.arange(first, min(first + job.config.batch_size, plan.first + plan.count), dtype=np.int64)
+        indices_B = np.arange(first, min(first + batch_size, plan.first + plan.count), dtype=np.int64)
         labels_B = trajectory_labels(job.seed, indices_B, teacher.num_conditions)
         noise_BLC = trajectory_noise(job.seed, indices_B, (length, codebook_VC.shape[1])).to(device)
         noise_done, in_map = clock(), 0.0

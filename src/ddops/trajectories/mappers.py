@@ -23,6 +23,18 @@ WORKERS = "DDOPS_WORKERS"
 DASK = "DDOPS_DASK"
 
 
+def workers_from_environment() -> int:
+    """``DDOPS_WORKERS``: processes a machine.
+
+    Raises:
+        DatasetError: it is no number.
+    """
+    given = os.environ.get(WORKERS, "1")
+    if not given.isdecimal() or int(given) < 1:
+        raise DatasetError(f"{WORKERS}={given}: expected a number of processes, 1 or more")
+    return int(given)
+
+
 def from_environment() -> Mapper:
     """What the stage uses: a Dask cluster where ``DDOPS_DASK`` is its scheduler's address or ``local``, or
     ``DDOPS_WORKERS`` processes. Not parameters of the pipeline, because the bytes do not depend on them.
@@ -30,12 +42,10 @@ def from_environment() -> Mapper:
     Raises:
         DatasetError: the number is none.
     """
-    given = os.environ.get(WORKERS, "1")
-    if not given.isdecimal() or int(given) < 1:
-        raise DatasetError(f"{WORKERS}={given}: expected a number of processes, 1 or more")
+    workers = workers_from_environment()
     if address := os.environ.get(DASK):
-        return dask(None if address == "local" else address, max(2, int(given)))
-    return processes(int(given)) if int(given) > 1 else in_this_process
+        return dask(None if address == "local" else address, max(2, workers))
+    return processes(workers) if workers > 1 else in_this_process
 
 
 def in_this_process(make: Callable[[ShardPlan], Made], plans: Sequence[ShardPlan]) -> Iterator[Made]:
@@ -54,8 +64,26 @@ def _take_a_device(started: Any) -> None:
     with started.get_lock():
         number = started.value
         started.value += 1
+    _use_device(number)
+
+
+def _use_device(number: int) -> None:
+    """Compute on this GPU, counted round, where there are any: what is put on "cuda" goes there from here on."""
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+def _on_a_dask_worker(threads: int, make: Callable[[ShardPlan], Made], plan: ShardPlan) -> Made:
+    """As :func:`_with_threads`, on the GPU of the worker's place among those of its machine."""
+    from distributed import get_client, get_worker
+
+    worker = get_worker()
+    # A worker that was started with one GPU visible to it (as dask-cuda does) has no other to choose.
+    if torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        host = worker.address.rpartition(":")[0]
+        peers = sorted(address for address in get_client().nthreads() if address.rpartition(":")[0] == host)
+        _use_device(peers.index(worker.address))
+    return _with_threads(threads, make, plan)
 
 
 def processes(count: int) -> Mapper:
@@ -88,7 +116,7 @@ def dask(address: str | None = None, workers: int = 2) -> Mapper:
                 LocalCluster(n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None)
             )
             client = stack.enter_context(Client(cluster))
-            make_alike = partial(_with_threads, torch.get_num_threads(), make)
+            make_alike = partial(_on_a_dask_worker, torch.get_num_threads(), make)
             # Not pure: a shard that was deleted meanwhile must be made, not taken from the scheduler's memory.
             for future in as_completed(client.map(make_alike, plans, pure=False)):
                 yield future.result()
