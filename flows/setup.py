@@ -32,6 +32,18 @@ def main() -> None:
     automations.install()
     deploy = ["-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", DEPLOYMENTS]
     subprocess.run([sys.executable, *deploy], check=True)
+    refuse_unknown_parameters()
+
+
+def refuse_unknown_parameters() -> None:
+    """Close every deployment's schema: Prefect leaves it open, and drops a misspelt parameter without a word."""
+    from prefect import get_client
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    with get_client(sync_client=True) as client:
+        for deployment in client.read_deployments():
+            schema = {**(deployment.parameter_openapi_schema or {}), "additionalProperties": False}
+            client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import datetime
 
 import httpx
 
@@ -181,6 +182,16 @@ class World:
 
         found = eventually(state, f"the end of run {run}", patience)
         return found["type"], found["name"], found["message"]
+
+    def seconds_of_silence(self, run):
+        """From a run's last heartbeat to the state it ended in."""
+        events = {
+            "event": {"name": ["prefect.flow-run.heartbeat"]},
+            "resource": {"id": [f"prefect.flow-run.{run}"]},
+        }
+        beats = self.post("/events/filter", filter=events)["events"]
+        last = max(datetime.fromisoformat(beat["occurred"]) for beat in beats)
+        return (datetime.fromisoformat(self.run_of(run)["end_time"]) - last).total_seconds()
 
     def tasks(self, run):
         """Name of the state of each task of a run, in the order they were made."""

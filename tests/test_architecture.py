@@ -67,7 +67,7 @@ ONLY_HERE = {
 
 MAX_LINES = 400
 
-HELPERS = ("common", "checkpoints", "paths", "statistics", "fid_curve")
+HELPERS = ("common", "checkpoints", "launch", "paths", "statistics", "fid_curve")
 """Modules among the stages that are none."""
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
@@ -22,6 +23,11 @@ from prefect_world import PATIENCE, Receiver, World, alive, eventually, free_por
 from tiny_pipeline import behave, ran
 
 pytestmark = pytest.mark.prefect
+
+STAGE_GONE_SECONDS, CRASHED_SECONDS = 15, 30
+SILENT_SECONDS = 150
+"""What docs/PREFECT.md promises: after the worker is killed its stage is gone, and its run marked crashed; after the
+last heartbeat of a machine that is gone, its run is marked crashed."""
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +204,7 @@ def test_the_metrics_stand_beside_productions(world, workspace):
         {"seed": "seven"},
         {"trajectories": 1.5},
         {"overrides": ["no equals sign"]},
+        {"sead": 7},
     ],
 )
 def test_wrong_parameters_are_refused_by_the_server_before_there_is_a_run(world, wrong):
@@ -308,7 +315,11 @@ def test_a_killed_worker_leaves_no_orphan_and_the_next_run_goes_on_from_the_chec
     stage = started(world, "teacher")
     eventually(lambda: steps_of(workspace, "teacher") > 3, "a checkpoint")
     world.kill_worker()
-    assert world.ended(run)[:2] == ("CRASHED", "Crashed")
+    killed = time.monotonic()
+    # The order of the two waits: the stage ends first, within the leash's grace.
+    eventually(lambda: not alive(stage), "the end of the stage", STAGE_GONE_SECONDS)
+    assert world.ended(run, CRASHED_SECONDS)[:2] == ("CRASHED", "Crashed")
+    assert time.monotonic() - killed < CRASHED_SECONDS
     assert_clean(workspace, stage)
     assert not alive(int((workspace / ".ddops" / "stray").read_text()))
     reached = steps_of(workspace, "teacher")
@@ -465,6 +476,7 @@ def test_a_run_that_falls_silent_is_found_crashed(world, silenced, receiver):
     kind, name, message = world.ended(run)
     assert (kind, name) == ("CRASHED", "Crashed")
     assert "No sign of life" in message
+    assert world.seconds_of_silence(run) < SILENT_SECONDS
     eventually(
         lambda: [note for note in receiver.received if "No sign of life" in note["body"]], "the notification", 30
     )

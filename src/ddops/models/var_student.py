@@ -103,7 +103,9 @@ class VARStudent(Student):
 def student_mask(layout: LevelLayout, device: torch.device) -> Tensor:
     """True where a row sees a column, (P, P): strictly earlier levels and itself."""
     level_P = layout.level_of_position(device)
-    return (level_P[:, None] > level_P[None, :]) | torch.eye(layout.length, dtype=torch.bool, device=device)
+    # Not torch.eye: its export compares numbers of 16 bits, which TensorRT does not read.
+    place_P = torch.arange(layout.length, device=device)
+    return (level_P[:, None] > level_P[None, :]) | (place_P[:, None] == place_P[None, :])
 
 
 def _zero_linear(width: int) -> nn.Linear:

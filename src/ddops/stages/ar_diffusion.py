@@ -78,4 +78,4 @@ def _fid(teacher: BackboneTeacher, config: TrainedARDiffusionConfig) -> Callable
 
 
 if __name__ == "__main__":
-    run_stage(ar_diffusion)
+    run_stage(ar_diffusion, trains="ar_diffusion")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,8 +17,8 @@ from ddops.evaluation.errors import MetricError
 from ddops.evaluation.production import RegistryError
 from ddops.files import write_json
 from ddops.models.errors import CheckpointError, MayPassError
-from ddops.stages import paths
-from ddops.training.errors import Collapsed, ReplicaLost, TrainingDiverged
+from ddops.stages import launch, paths
+from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
 from ddops.trajectories.shards import DatasetError
 
 Stage = Callable[..., None]
@@ -38,7 +39,7 @@ sysexits.h). Any other failure that was explained is 1."""
 
 EXPECTED_ERRORS = (
     *(ConfigError, CheckpointError, MetricError, RegistryError, DatasetError),
-    *(StageError, TrainingDiverged, Collapsed, ReplicaLost, OSError),
+    *(StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, OSError),
 )
 
 
@@ -47,13 +48,21 @@ def sections(stage: Stage) -> tuple[str, ...]:
     return tuple(inspect.signature(stage).parameters)
 
 
-def run_stage(stage: Stage) -> None:
-    """Call ``stage`` with its sections of ``params.yaml``; on a known error print it and exit with its code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+def run_stage(stage: Stage, *, trains: str | None = None) -> None:
+    """Call ``stage`` with its sections of ``params.yaml``; on a known error print it and exit with its code.
+
+    ``trains`` names the section whose trainings the stage runs: their processes may be torchrun's, see
+    :mod:`ddops.stages.launch`.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for noisy in ("dvc", "dvclive", "httpx", "onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         config = load_config(paths.PARAMS)
+        processes = launch.processes_wanted(getattr(config, trains) if trains else None)
+        if processes:
+            raise SystemExit(launch.torchrun(f"ddops.stages.{Path(inspect.getfile(stage)).stem}", processes))
         stage(**{name: getattr(config, name) for name in sections(stage)})
     except EXPECTED_ERRORS as error:
         # The file's name: run with `python -m`, the module's own is "__main__".

@@ -94,4 +94,4 @@ def _fid_curve(teacher: Teacher, config: TrainedDD1Config) -> Callable[[nn.Modul
 
 
 if __name__ == "__main__":
-    run_stage(distill_dd1)
+    run_stage(distill_dd1, trains="dd1")

@@ -117,4 +117,4 @@ def _watch(
 
 
 if __name__ == "__main__":
-    run_stage(distill_dd2)
+    run_stage(distill_dd2, trains="dd2")

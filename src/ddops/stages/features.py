@@ -57,4 +57,4 @@ def _fetch(features: InceptionFeaturesConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(features)
+    run_stage(features, trains="features")

@@ -50,6 +50,7 @@ def _trained_tokenizer(
         curves_dir=paths.CURVES / "tokenizer",
         description="tokenizer",
         before_step=reseed_schedule(images_NIHW, config.tokenizer_training.steps),
+        stay=True,
     )
     tokenizer.load_state_dict(state)
     return tokenizer.eval().requires_grad_(False), checkpoint
@@ -84,4 +85,4 @@ def _trained_transformer(
 
 
 if __name__ == "__main__":
-    run_stage(teacher)
+    run_stage(teacher, trains="teacher")

@@ -108,7 +108,7 @@ def train_alternating(
         first_step = int(state["step"])
         log.info("%s: resuming at step %d of %d", description, first_step, config.steps)
 
-    with replicas(config.processes if first_step < config.steps else 1) as group:
+    with replicas(config.processes, work=first_step < config.steps) as group:
         curves = Curves(curves_dir, state["history"] if state else None) if group.is_first else None
         bar = progress_bar(description, alignment + first_step, alignment + config.steps, shown=group.is_first)
         for step in range(first_step, config.steps):

@@ -51,6 +51,7 @@ def train(
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
     before_step: Callable[[nn.Module, int], None] | None = None,
+    stay: bool = False,
 ) -> dict[str, Tensor]:
     """Train ``model`` and return the state dict of its EMA weights.
 
@@ -59,6 +60,7 @@ def train(
         checkpoint: where the state lives; a checkpoint of the same fingerprint is resumed.
         evaluate: called with the EMA model every ``evaluate_every`` steps and at the end; its values join the curves.
         before_step: changes the model outside the gradient (such as re-seeding unused codes).
+        stay: another training follows, so processes that torchrun started return too; see ``replicas``.
 
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
@@ -71,7 +73,7 @@ def train(
     if first_step:
         log.info("%s: resuming at step %d of %d", description, first_step, config.steps)
 
-    with replicas(config.processes if first_step < config.steps else 1) as group:
+    with replicas(config.processes, work=first_step < config.steps, stay=stay) as group:
         curves = Curves(curves_dir, state["history"] if state else None) if group.is_first else None
         bar = progress_bar(description, first_step, config.steps, shown=group.is_first)
         for step in range(first_step, config.steps):

@@ -4,6 +4,9 @@ Small models spend their steps in many short operations, which several threads o
 processes do. The replicas are forked when the training starts, so they share data set, teacher and objective, and end
 with it. They hold the same weights at every step: each computes the gradient of its share of the batch, and the
 gradients are averaged. Rank 0 is the process that called; it alone writes, evaluates and shows progress.
+
+Where torchrun started the stage (:mod:`ddops.stages.launch`), its processes are the replicas and nothing is forked:
+each runs the stage up to its last training, and rank 0 goes on from there. The bytes are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddops.training.errors import ReplicaLost
+from ddops.training.errors import LaunchError, ReplicaLost
 
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
@@ -59,13 +62,22 @@ class Replicas:
 
 
 @contextmanager
-def replicas(size: int) -> Iterator[Replicas]:
+def replicas(size: int, *, work: bool = True, stay: bool = False) -> Iterator[Replicas]:
     """Run the body in ``size`` processes. Only rank 0 comes out of it; the others end with the body, or with rank 0.
+
+    Args:
+        work: whether the body has anything to share; where it has not, nothing is forked.
+        stay: torchrun's processes all come out of the body, since the stage has another training for them.
 
     Raises:
         ReplicaLost: see :meth:`Replicas.average`.
+        LaunchError: torchrun started another number of processes.
     """
-    if size == 1:
+    if dist.is_torchelastic_launched():
+        with _launched(size, stay) as group:
+            yield group
+        return
+    if size == 1 or not work:
         yield Replicas(0, 1)
         return
     threads = torch.get_num_threads()
@@ -93,6 +105,30 @@ def replicas(size: int) -> Iterator[Replicas]:
             torch.set_num_threads(threads)
 
 
+@contextmanager
+def _launched(size: int, stay: bool) -> Iterator[Replicas]:
+    """In one of torchrun's processes: join the others, which hold the same state by now."""
+    rank, started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if started != size:
+        raise LaunchError(f"torchrun started {started} processes, the training's `processes` is {size}; let them agree")
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    # Rank 0 must not remove or replace a checkpoint that another has yet to read.
+    dist.barrier()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield Replicas(rank, size)
+    except BaseException as error:
+        if rank:
+            _end_replica(error)
+        raise
+    finally:
+        torch.set_num_threads(threads)
+    if rank and not stay:
+        _end_replica(None)
+
+
 def _fork(size: int) -> tuple[int, list[int]]:
     """This process's rank, and, for rank 0, the process ids of the others."""
     children: list[int] = []
@@ -104,10 +140,15 @@ def _fork(size: int) -> tuple[int, list[int]]:
 
 
 def _join(rank: int, size: int, rendezvous: Path) -> None:
+    use_loopback()
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=rank, world_size=size)
+
+
+def use_loopback() -> None:
+    """Have gloo's processes talk on this machine only, unless told otherwise."""
     # By name: what the host's own name resolves to may be no interface of it.
     if name := LOOPBACK.get(sys.platform):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}/store", rank=rank, world_size=size)
 
 
 def _end_replica(error: BaseException | None) -> NoReturn:
