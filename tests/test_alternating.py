@@ -50,7 +50,7 @@ class Pursuit:
             x = generator(torch.randn(count, 2))
         return {"loss": (guidance(x) - x).square().mean()}
 
-    def generator(self, generator, guidance, indices_B):
+    def generator(self, generator, guidance, indices_B, step):
         self.events.append("G")
         if self.die_at is not None and self.events.count("G") > self.die_at:
             raise Killed

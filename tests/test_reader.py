@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from ddops.training.replicas import own_share, replicas
 from ddops.training.schedule import batch_indices
 from ddops.trajectories.dataset import TrajectoryBatch
 from ddops.trajectories.reader import ReadAhead
@@ -55,6 +56,21 @@ def test_the_next_batches_are_under_way_when_one_is_handed_out():
         deadline.wait(0.01)
     assert dataset.calls == [schedule(step).tolist() for step in range(4)]
     reader.close()
+
+
+def test_processes_that_share_a_batch_each_read_their_share():
+    reader = ReadAhead(Slow(), lambda step: own_share(schedule(step)))
+    with replicas(2) as group:
+        for step in range(5):
+            share = schedule(step)[group.rank :: group.size]
+            assert len(share) == BATCH // 2
+            labels_B = reader.batch(share, step).labels_B
+            assert torch.equal(labels_B, share)
+            seen = torch.zeros(SIZE)
+            seen[labels_B] = 2.0
+            group.average([seen])
+            assert torch.equal(seen.nonzero()[:, 0], schedule(step).sort().values), "together they read the batch"
+        reader.close()
 
 
 def test_a_step_may_be_left_out():

@@ -33,7 +33,7 @@ from ddops.models.quantization import nearest_code
 from ddops.sampling.few_step import renoise
 from ddops.sampling.teacher import conditional_log_probs
 from ddops.training.errors import Collapsed
-from ddops.trajectories.dataset import TrajectoryDataset
+from ddops.trajectories.reader import BatchSource
 
 CURVE_LEVELS = 8
 """Levels, spread evenly, whose score gap is worth a curve of its own."""
@@ -70,14 +70,14 @@ class DD2Objectives:
     def __init__(
         self,
         teacher: Teacher,
-        dataset: TrajectoryDataset,
+        batches: BatchSource,
         config: TrainedDD2Config,
         sampling: SamplingConfig,
         start_positions: tuple[int, ...],
     ) -> None:
         """``start_positions`` are DD1's: those that the anchor, DD1's cross-entropy, trains for."""
         self.teacher = teacher
-        self.dataset = dataset
+        self.batches = batches
         self.config = config
         self.sampling = sampling
         self.starts = torch.tensor(start_positions)
@@ -99,7 +99,9 @@ class DD2Objectives:
             errors.append(denoising_error(guidance.mean(x_BLC, t_BL, hidden_BLD), q_BLC, t_BL, "mean").mean())
         return {"loss": torch.stack(errors).mean()}
 
-    def generator(self, generator: nn.Module, guidance: nn.Module, indices_B: Tensor) -> Mapping[str, Tensor]:
+    def generator(
+        self, generator: nn.Module, guidance: nn.Module, indices_B: Tensor, step: int
+    ) -> Mapping[str, Tensor]:
         """Conditional score distillation, and the anchor on the trajectories where the preset asks for it."""
         student = cast(Student, generator)
         batch = self.generate(student, len(indices_B))
@@ -110,7 +112,7 @@ class DD2Objectives:
             values["kl"] = move.kl
         if not self.config.anchor_weight:
             return {"loss": distillation, **values}
-        anchor = self.anchor(student, indices_B)
+        anchor = self.anchor(student, indices_B, step)
         return {"loss": distillation + self.config.anchor_weight * anchor, "anchor": anchor, **values}
 
     def generate(self, generator: Student, count: int) -> Generated:
@@ -144,9 +146,9 @@ class DD2Objectives:
         kl = None if guidance.head is not None else token_divergence(guidance.log_probs(hidden_BLD), log_p_BLV)
         return Direction(direction_BLC, scale_B, torch.stack(gaps).mean(0), kl)
 
-    def anchor(self, generator: Student, indices_B: Tensor) -> Tensor:
+    def anchor(self, generator: Student, indices_B: Tensor, step: int) -> Tensor:
         """DD1's cross-entropy on the trajectories, from all of its start positions: scalar *(ours)*."""
-        labels_B, noise_BLC, ids_BL = self.dataset.batch(indices_B)
+        labels_B, noise_BLC, ids_BL = self.batches.batch(indices_B, step)
         start_B = self.starts[torch.randint(len(self.starts), (len(indices_B),))]
         x_BLC = renoise(F.embedding(ids_BL, self.codebook_VC), noise_BLC, start_B, generator.layout)
         logits_BLV = generator(x_BLC, labels_B, start_B).logits_BLV

@@ -25,9 +25,10 @@ from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import require, run_stage
 from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
 from ddops.training.loop import seeded, train
+from ddops.training.replicas import own_share
 from ddops.training.schedule import batch_indices
 from ddops.trajectories.dataset import TrajectoryDataset
-from ddops.trajectories.reader import BatchSource, Direct, ReadAhead
+from ddops.trajectories.reader import batch_source
 from ddops.trajectories.shards import MANIFEST
 
 
@@ -52,10 +53,9 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
     student.init_from_teacher(teacher)
     inputs = [tokenizer_file, transformer_file, *judge_files, paths.TRAJECTORIES / MANIFEST]
     checkpoint = checkpoint_file("dd1", [seed, dd1], inputs)
-    batches: BatchSource = Direct(dataset)
-    if dd1.training.processes == 1 and not dataset.noise_in_memory:
-        schedule = partial(batch_indices, seed, batch_size=dd1.training.batch_size, dataset_size=len(dataset))
-        batches = ReadAhead(dataset, schedule)
+    batches = batch_source(
+        dataset, lambda step: own_share(batch_indices(seed, step, dd1.training.batch_size, len(dataset)))
+    )
     state = train(
         student,
         dd1_objective(teacher, batches, dd1, _perceptual_distance(dd1)),

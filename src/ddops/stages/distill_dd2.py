@@ -29,7 +29,10 @@ from ddops.stages.common import require, run_stage, write_not_trained
 from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
 from ddops.training.alternating import train_alternating
 from ddops.training.loop import seeded
+from ddops.training.replicas import own_share
+from ddops.training.schedule import batch_indices
 from ddops.trajectories.dataset import TrajectoryDataset
+from ddops.trajectories.reader import batch_source
 from ddops.trajectories.shards import MANIFEST
 
 
@@ -50,10 +53,13 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
     dataset = TrajectoryDataset(paths.TRAJECTORIES, teacher.codebook_VC.shape[1])
     generator = seeded(seed, lambda: _generator(dd2, teacher)).train()
     checkpoint = checkpoint_file("dd2", [seed, sampling, dd1.start_positions, dd2], inputs)
+    batches = batch_source(
+        dataset, lambda step: own_share(batch_indices(seed, step, dd2.training.batch_size, len(dataset)))
+    )
     state = train_alternating(
         generator,
         _guidance(dd2, teacher).train(),
-        DD2Objectives(teacher, dataset, dd2, sampling, dd1.start_positions),
+        DD2Objectives(teacher, batches, dd2, sampling, dd1.start_positions),
         config=dd2.training,
         guidance_config=dd2.guidance,
         seed=seed,

@@ -44,7 +44,7 @@ class Objectives(Protocol):
 
     def guidance(self, generator: nn.Module, guidance: nn.Module, count: int) -> Values: ...
 
-    def generator(self, generator: nn.Module, guidance: nn.Module, indices_B: Tensor) -> Values: ...
+    def generator(self, generator: nn.Module, guidance: nn.Module, indices_B: Tensor, step: int) -> Values: ...
 
 
 @dataclass
@@ -160,7 +160,7 @@ def _update_guidance(
 def _update_generator(
     networks: Networks, objectives: Objectives, share: Tensor, config: TrainingConfig, step: int, group: Replicas
 ) -> dict[str, Tensor]:
-    values = objectives.generator(networks.generator, networks.guidance, share)
+    values = objectives.generator(networks.generator, networks.guidance, share, step)
     norm = update(
         networks.generator,
         networks.generator_optimizers,

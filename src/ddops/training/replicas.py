@@ -61,6 +61,11 @@ class Replicas:
             tensor.copy_(mean_N.view_as(tensor))
 
 
+def own_share(indices_B: Tensor) -> Tensor:
+    """Those of a batch's samples that this process trains on: every ``size``-th, as the loops deal them out."""
+    return indices_B[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else indices_B
+
+
 @contextmanager
 def replicas(size: int, *, work: bool = True, stay: bool = False) -> Iterator[Replicas]:
     """Run the body in ``size`` processes. Only rank 0 comes out of it; the others end with the body, or with rank 0.

@@ -70,6 +70,10 @@ class TrajectoryDataset:
             noise_BLC = trajectory_noise(self.seed, indices_B.numpy(), self._noise_shape)
         return TrajectoryBatch(self.labels_N[indices_B], noise_BLC, self.ids_NL[indices_B].long())
 
+    def sequences(self, indices_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (B,) and token ids (B, L) alone: the noise, where it is computed, takes all of a batch's time."""
+        return self.labels_N[indices_B], self.ids_NL[indices_B].long()
+
     def _all_noise(self) -> Tensor | None:
         if 4 * len(self) * self._noise_shape[0] * self._noise_shape[1] > NOISE_CACHE_BYTES:
             return None

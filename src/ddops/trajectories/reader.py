@@ -35,10 +35,16 @@ class Direct:
         return self._dataset.batch(indices_B)
 
 
+def batch_source(dataset: TrajectoryDataset, indices_of: Callable[[int], Tensor]) -> BatchSource:
+    """Reads ahead where a batch's noise has to be computed; ``indices_of`` gives a step's samples in this process."""
+    return Direct(dataset) if dataset.noise_in_memory else ReadAhead(dataset, indices_of)
+
+
 class ReadAhead:
     """The batches of the next ``ahead`` steps are under way in ``workers`` threads, in pinned memory for a GPU.
 
-    Threads start with the first batch, so a process may still be forked before that.
+    Threads start with the first batch, so a process may still be forked before that; and ``indices_of`` is asked from
+    then on, so it may depend on which of the forked processes this is.
     """
 
     def __init__(
