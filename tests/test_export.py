@@ -5,6 +5,7 @@ import math
 import socket
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,11 +31,17 @@ from ddops.export.parity import (
 )
 from ddops.export.precision import PRODUCTS
 from ddops.export.session import open_session, run_session
+from ddops.models import level_attention
 from ddops.models.autoencoder import Attention
 from tiny import untrained
 
 METADATA = {"ddops.preset": "test", "ddops.steps": "1"}
-CASES = {"llamagen-1": ("llamagen", (0,)), "llamagen-2": ("llamagen", (0, 5)), "var-1": ("var", (0,))}
+CASES = {
+    "llamagen-1": ("llamagen", (0,)),
+    "llamagen-2": ("llamagen", (0, 5)),
+    "var-1": ("var", (0,)),
+    "var-2": ("var", (0, 2)),
+}
 
 
 def inputs(layout, batch, seed=0):
@@ -73,15 +80,19 @@ def uses_of_weights(model):
 
 
 def test_each_weight_is_used_once_a_step(exported):
-    """The one-step claim, read off the graph: every linear layer of the student is applied once in a one-step graph
-    and twice in a two-step one, and every convolution of the decoder once."""
+    """The one-step claim, read off the graph: every linear layer of the student's blocks is applied once in a one-step
+    graph and twice in a two-step one, each head once a step that it decides tokens in, and every convolution of the
+    decoder once."""
     uses = uses_of_weights(exported.model)
-    # Only two rows ever enter the noise/data layers of VAR's student, so that the exporter folds them away.
+    # Only two rows ever enter the noise/data layers of VAR's student, so that the exporter folds them away; what
+    # depends on the class alone is computed once, and a head where it decides tokens.
     student = {
         name: module.weight
         for name, module in exported.graph.student.named_modules()
         if isinstance(module, nn.Linear) and "noise_data" not in name
     }
+    once = [name for name in student if "modulation" in name or "head" in name.split(".") or "regression" in name]
+    once += [name for name in student if name.startswith("embedding_head")]
     tokenizer = exported.graph.tokenizer
     decoder = {
         name: module.weight
@@ -91,7 +102,10 @@ def test_each_weight_is_used_once_a_step(exported):
     assert len(student) >= 6
     assert len(decoder) >= 15
     used = {name: uses[weight.numpy().tobytes()] for name, weight in student.items()}
-    assert used == dict.fromkeys(student, exported.steps)
+    expected = dict.fromkeys(student, exported.steps) | dict.fromkeys(once, 1)
+    if exported.case == "llamagen-2":
+        expected["head"] = 2  # its second step decides some tokens by logits too
+    assert used == expected
     used = {name: uses[weight.numpy().tobytes()] for name, weight in decoder.items()}
     assert used == dict.fromkeys(decoder, 1)
 
@@ -101,7 +115,7 @@ def test_the_graph_has_as_many_attentions_as_one_pass_a_step(exported):
     decoder = [module for module in exported.graph.tokenizer.decoder.modules() if isinstance(module, Attention)]
     kinds = Counter(node.op_type for node in exported.model.graph.node)
     assert kinds["Softmax"] == depth * exported.steps + len(decoder)
-    assert kinds["ArgMax"] == exported.steps
+    assert kinds["ArgMax"] == (2 if exported.case == "llamagen-2" else 1)
 
 
 def test_nothing_in_the_graph_loops_branches_or_draws_random_numbers(exported):
@@ -180,20 +194,40 @@ def test_exporting_again_gives_the_same_bytes(exported, tmp_path):
 
 
 def test_logits_are_made_for_the_positions_whose_argmax_is_used(exported):
-    """The head over the codebook is the widest layer; in a second step only what the first did not settle is asked."""
+    """The head over the codebook is the widest layer: each position is asked once, in the step that settles it."""
     layout = exported.graph.student.layout
     prefix = layout.offsets[layout.num_levels // 2]
-    starts = [layout.offsets[start] for start in exported.graph.start_positions]
+    bounds = sorted({*(min(prefix, layout.offsets[start]) for start in exported.graph.start_positions), prefix})
     noise, labels = inputs(layout, 2)
     argmaxes = [node.input[0] for node in exported.model.graph.node if node.op_type == "ArgMax"]
     session = open_session(exported.path, extra_outputs=dict.fromkeys(argmaxes, onnx.TensorProto.FLOAT))
     logits = session.run(argmaxes, {"noise": noise.numpy(), "class_label": labels.numpy()})
-    assert [value.shape for value in logits] == [(2, prefix - start, 64) for start in starts]
+    assert [value.shape for value in logits] == [(2, stop - start, 64) for start, stop in pairwise(bounds)]
 
 
 def test_nothing_guards_against_rows_that_see_nothing(exported):
     """Every position sees itself; and TensorRT-RTX fails on the guard when it fuses attention in half precision."""
     assert "IsNaN" not in {node.op_type for node in exported.model.graph.node}
+
+
+def test_levels_that_are_run_one_by_one_are_exported_too(tmp_path, monkeypatch):
+    """The digits' few positions go through one masked call; as many as VAR-d16's go through a call a level."""
+    monkeypatch.setattr(level_attention, "TOGETHER", 2)
+    graph, _ = export("var", (0, 2), tmp_path / "model.onnx")
+    masked, levels = 2 * graph.student.config.depth, len(graph.student.layout.sizes)
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert kinds["Softmax"] > masked + levels
+    noise, labels = inputs(graph.student.layout, 5)
+    assert measure_parity(graph, onnx_drawer(tmp_path / "model.onnx"), noise, labels).largest <= 1e-4
+
+
+def test_a_first_step_of_two_is_exported_cut(exported):
+    """The graph's first step is over the positions before the second start: the blocks' inputs say so."""
+    layout = exported.graph.student.layout
+    shapes = onnx.shape_inference.infer_shapes(exported.model).graph.value_info
+    lengths = {dims[1].dim_value for value in shapes if len(dims := value.type.tensor_type.shape.dim) == 3}
+    for start in (*exported.graph.start_positions[1:], layout.num_levels):
+        assert layout.offsets[start] + 1 in lengths
 
 
 @pytest.mark.parametrize("exported", ["llamagen-1"], indirect=True)

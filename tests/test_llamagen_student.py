@@ -16,10 +16,11 @@ from ddops.models.interface import StudentOutput
 from ddops.models.llamagen import LlamaGenTeacher, fit_linear
 from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.models.var_student import VARStudent
-from ddops.sampling.few_step import final_sequence, needs_logits, renoise, sample_student
+from ddops.sampling.few_step import renoise, sample_student
+from ddops.sampling.plain import final_sequence, plain_sample
 from llamagen_helpers import LENGTH, SMALL, TINY, golden_student, golden_teacher, random_tokens, randomised
 from var_helpers import TINY as TINY_VAR
-from var_helpers import TOLERANCE, golden, with_prefix
+from var_helpers import TOLERANCE, Sample, golden, with_prefix
 
 SPLIT = 5
 TWO_STEPS = (0, 5)
@@ -60,22 +61,26 @@ def test_renoise_both_heads_and_final_sequence() -> None:
     x_BLC = renoise(F.embedding(data()["in.data_idx"], codebook_VC), data()["in.noise_fp"], starts(), layout)
     torch.testing.assert_close(x_BLC, data()["out.perturbed"], **TOLERANCE)
 
+    output, predicted_BL = golden_student()(x_BLC, data()["in.cond_idx"], starts()), ~layout.given_mask(starts())
+    for ours, key in zip(output, ("out.fp_logits", "out.fp_tokens"), strict=True):
+        torch.testing.assert_close(ours[predicted_BL], data()[key][predicted_BL], **TOLERANCE)
+    for split in (0, SPLIT, LENGTH):
+        sequence_BLC = final_sequence(x_BLC, output, codebook_VC, starts(), split, layout)
+        torch.testing.assert_close(sequence_BLC, data()[f"out.final_x_split{split}"], **TOLERANCE)
     for row, start in enumerate(starts().tolist()):
-        one = slice(row, row + 1)
-        for split in (0, SPLIT, LENGTH):
-            coded = needs_logits(start, split, layout)
-            output = golden_student()(x_BLC[one], data()["in.cond_idx"][one], starts()[one], coded)
-            expected_1LC, expected_1LV = data()["out.fp_tokens"][one], data()["out.fp_logits"][one]
-            torch.testing.assert_close(output.embeddings_BLC[:, start:], expected_1LC[:, start:], **TOLERANCE)
-            torch.testing.assert_close(output.logits_BLV, expected_1LV[:, coded], **TOLERANCE)
-            sequence_BLC = final_sequence(x_BLC[one], output, codebook_VC, start, split, layout)
-            torch.testing.assert_close(sequence_BLC, data()[f"out.final_x_split{split}"][one], **TOLERANCE)
+        if start == LENGTH:
+            continue
+        one, coded = slice(row, row + 1), max(start, SPLIT)
+        lean = golden_student().open(data()["in.cond_idx"][one]).predict(x_BLC[one], start, coded)
+        torch.testing.assert_close(lean.embeddings_BLC, data()["out.fp_tokens"][one][:, coded:], **TOLERANCE)
+        torch.testing.assert_close(lean.logits_BLV, data()["out.fp_logits"][one][:, start:coded], **TOLERANCE)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sample", [sample_student, plain_sample])
 @pytest.mark.parametrize(("name", "start_positions"), [("step1", (0,)), ("step2", TWO_STEPS)])
-def test_sampled_sequences_and_images(name: str, start_positions: tuple[int, ...]) -> None:
-    q_BLC = sample_student(
+def test_sampled_sequences_and_images(name: str, start_positions: tuple[int, ...], sample: Sample) -> None:
+    q_BLC = sample(
         golden_student(),
         data()["in.codebook"],
         data()["in.sample_noise"],
@@ -96,12 +101,11 @@ def test_each_step_of_two() -> None:
         start_B = torch.full_like(labels_B, start)
         x_BLC = renoise(x_BLC, noise_BLC, start_B, layout)
         torch.testing.assert_close(x_BLC, data()[f"out.step2.x_in_{step}"], **TOLERANCE)
-        coded = needs_logits(start, SPLIT, layout)
-        output: StudentOutput = student(x_BLC, labels_B, start_B, coded)
+        output: StudentOutput = student(x_BLC, labels_B, start_B)
         expected_BLC, expected_BLV = data()[f"out.step2.fp_tokens_{step}"], data()[f"out.step2.fp_logits_{step}"]
         torch.testing.assert_close(output.embeddings_BLC[:, start:], expected_BLC[:, start:], **TOLERANCE)
-        torch.testing.assert_close(output.logits_BLV, expected_BLV[:, coded], **TOLERANCE)
-        x_BLC = final_sequence(x_BLC, output, data()["in.codebook"], start, SPLIT, layout)
+        torch.testing.assert_close(output.logits_BLV[:, start:], expected_BLV[:, start:], **TOLERANCE)
+        x_BLC = final_sequence(x_BLC, output, data()["in.codebook"], start_B, SPLIT, layout)
         torch.testing.assert_close(x_BLC, data()[f"out.step2.seq_{step}"], **TOLERANCE)
 
 

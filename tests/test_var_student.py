@@ -16,8 +16,9 @@ from ddops.models.layout import LevelLayout
 from ddops.models.var import VARTeacher
 from ddops.models.var_student import VARStudent
 from ddops.models.var_tokenizer import VARTokenizer
-from ddops.sampling.few_step import final_sequence, needs_logits, renoise, sample_student
-from var_helpers import NUM_LEVELS, TINY, TOLERANCE, codebook, golden, with_prefix
+from ddops.sampling.few_step import renoise, sample_student
+from ddops.sampling.plain import final_sequence, plain_sample
+from var_helpers import NUM_LEVELS, TINY, TOLERANCE, Sample, codebook, golden, with_prefix
 
 SMALL = replace(TINY, width=32, depth=2, heads=2, patch_sizes=(1, 2, 4))
 
@@ -72,23 +73,36 @@ def test_renoise() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("logit_prefix", [0, 2, 3])
 def test_both_heads_and_final_sequence(logit_prefix: int) -> None:
+    layout, x_BLC = golden_student().layout, data()["out.fp_input"]
+    output = golden_student()(x_BLC, data()["in.label_B"], starts())
+    predicted_BL = ~layout.given_mask(starts())
+    for ours, key in zip(output, ("out.fp_logits", "out.fp_conti"), strict=True):
+        torch.testing.assert_close(ours[predicted_BL], data()[key][predicted_BL], **TOLERANCE)
+    sequence_BLC = final_sequence(x_BLC, output, codebook(data()), starts(), logit_prefix, layout)
+    torch.testing.assert_close(sequence_BLC, data()[f"out.final_seq_split{logit_prefix}"], **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("logit_prefix", [0, 2, 3])
+def test_a_session_s_pass_from_each_start(logit_prefix: int) -> None:
+    """The lean pass, against what the released code gives at the positions that it is asked for."""
     layout = golden_student().layout
-    for row, start in enumerate(starts().tolist()):
-        one, coded, given = slice(row, row + 1), needs_logits(start, logit_prefix, layout), layout.offsets[start]
-        x_1LC = data()["out.fp_input"][one]
-        output = golden_student()(x_1LC, data()["in.label_B"][one], starts()[one], coded)
-        expected_1LC = data()["out.fp_conti"][one]
-        torch.testing.assert_close(output.embeddings_BLC[:, given:], expected_1LC[:, given:], **TOLERANCE)
-        torch.testing.assert_close(output.logits_BLV, data()["out.fp_logits"][one][:, coded], **TOLERANCE)
-        sequence_1LC = final_sequence(x_1LC, output, codebook(data()), start, logit_prefix, layout)
-        torch.testing.assert_close(sequence_1LC, data()[f"out.final_seq_split{logit_prefix}"][one], **TOLERANCE)
+    for row, start in enumerate(starts().tolist()[:-1]):
+        one, given = slice(row, row + 1), layout.offsets[start]
+        coded = max(given, layout.offsets[logit_prefix])
+        session = golden_student().open(data()["in.label_B"][one])
+        output = session.predict(data()["out.fp_input"][one], given, coded)
+        expected_1LC, expected_1LV = data()["out.fp_conti"][one], data()["out.fp_logits"][one]
+        torch.testing.assert_close(output.embeddings_BLC, expected_1LC[:, coded:], **TOLERANCE)
+        torch.testing.assert_close(output.logits_BLV, expected_1LV[:, given:coded], **TOLERANCE)
 
 
+@pytest.mark.parametrize("sample", [sample_student, plain_sample])
 @pytest.mark.parametrize(("start_positions", "name"), [((0,), "step1"), ((0, 2), "step2")])
 @torch.no_grad()
-def test_few_step_sequences_and_images(start_positions: tuple[int, ...], name: str) -> None:
+def test_few_step_sequences_and_images(start_positions: tuple[int, ...], name: str, sample: Sample) -> None:
     noise_BLC, labels_B = data()["in.sample_noise"], data()["in.sample_label_B"]
-    q_BLC = sample_student(golden_student(), codebook(data()), noise_BLC, labels_B, start_positions, logit_prefix=2)
+    q_BLC = sample(golden_student(), codebook(data()), noise_BLC, labels_B, start_positions, 2)
     torch.testing.assert_close(q_BLC, data()[f"out.{name}.seq_{len(start_positions) - 1}"], **TOLERANCE)
     images_BIHW = golden_tokenizer().decode(q_BLC)
     torch.testing.assert_close((images_BIHW.clamp(-1, 1) + 1) / 2, data()[f"out.{name}.image"], **TOLERANCE)
@@ -105,11 +119,11 @@ def test_given_positions_keep_values_that_are_no_codes() -> None:
     layout = LevelLayout(SMALL.level_sizes)
     x_BLC, codes_VC, labels_B = torch.randn(3, layout.length, 8), torch.randn(64, 8), torch.tensor([1, 2, 3])
     for start in range(layout.num_levels + 1):
-        given, coded = layout.offsets[start], needs_logits(start, 3, layout)
-        output = random_student()(x_BLC, labels_B, torch.full_like(labels_B, start), coded)
-        sequence_BLC = final_sequence(x_BLC, output, codes_VC, start, 3, layout)
+        given, start_B = layout.offsets[start], torch.full_like(labels_B, start)
+        output = random_student()(x_BLC, labels_B, start_B)
+        sequence_BLC = final_sequence(x_BLC, output, codes_VC, start_B, 3, layout)
         assert torch.equal(sequence_BLC[:, :given], x_BLC[:, :given])
-        assert torch.equal(sequence_BLC[:, given:], codes_VC[output.logits_BLV.argmax(-1)])
+        assert torch.equal(sequence_BLC[:, given:], codes_VC[output.logits_BLV[:, given:].argmax(-1)])
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ddops.config.models import AutoencoderConfig, VARConfig
+from ddops.models.interface import Student
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -43,6 +45,14 @@ PUBLISHED = replace(
     autoencoder=replace(TINY.autoencoder, channels=160),
 )
 PUBLISHED_512 = replace(PUBLISHED, image_size=512, patch_sizes=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), shared_ada_ln=True)
+
+
+class Sample(Protocol):
+    """The lean way to sample, or the plain one."""
+
+    def __call__(
+        self, student: Student, codes: Tensor, noise: Tensor, labels: Tensor, starts: tuple[int, ...], prefix: int, /
+    ) -> Tensor: ...
 
 
 def of_depth(config: VARConfig, depth: int) -> VARConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ddops.models.interface import Student, Tokenizer
-from ddops.sampling.few_step import sample_student
+from ddops.sampling.few_step import sample_sequence
 
 
 class OneStepGraph(nn.Module):
@@ -16,7 +17,7 @@ class OneStepGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.start_positions = start_positions
         self.logit_prefix = logit_prefix
         self.register_buffer("codebook_VC", tokenizer.codebook_VC.detach().clone())
@@ -30,7 +31,11 @@ class OneStepGraph(nn.Module):
 
     def forward(self, noise_BLC: Tensor, class_label_B: Tensor) -> Tensor:
         """Images (B, I, H, W) in [-1, 1]."""
-        q_BLC = sample_student(
+        return self.draw(noise_BLC, class_label_B)[0]
+
+    def draw(self, noise_BLC: Tensor, class_label_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The images, and the tokens (B, n) that an argmax decided."""
+        q_BLC, ids_Bn = sample_sequence(
             self.student, self.codebook_VC, noise_BLC, class_label_B, self.start_positions, self.logit_prefix
         )
-        return self.tokenizer.decode(q_BLC).clamp(-1, 1)
+        return self.tokenizer.decode(q_BLC).clamp(-1, 1), ids_Bn

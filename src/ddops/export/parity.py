@@ -54,13 +54,8 @@ class ParityBounds:
 @torch.inference_mode()
 def draw_with_torch(graph: OneStepGraph, noise_BLC: Tensor, labels_B: Tensor) -> Drawing:
     """What PyTorch draws, and the tokens on the way."""
-    tokens: list[Tensor] = []
-    hook = graph.student.register_forward_hook(lambda _, __, output: tokens.append(output.logits_BLV.argmax(-1)))
-    try:
-        images_BIHW = graph(noise_BLC, labels_B)
-    finally:
-        hook.remove()
-    return images_BIHW.numpy(), torch.cat(tokens, dim=1).numpy()
+    images_BIHW, ids_Bn = graph.draw(noise_BLC, labels_B)
+    return images_BIHW.numpy(), ids_Bn.numpy()
 
 
 def onnx_drawer(path: Path) -> Drawer:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import ModelConfig, SamplingConfig
@@ -156,6 +157,20 @@ class StudentOutput(NamedTuple):
     embeddings_BLC: Tensor
 
 
+class StudentSession(ABC):
+    """One sampling run of a student. What depends on the condition and the weights alone is computed once, when it is
+    opened, for all its passes. Without gradients or with, as PyTorch is set."""
+
+    @abstractmethod
+    def predict(self, x_BlC: Tensor, given: int, coded: int) -> StudentOutput:
+        """One pass over the first l positions, which end with a level; the ``given`` ones are data, the rest noise.
+
+        No position is computed that nothing is asked of: later ones are not seen, so that leaving them out changes
+        nothing. Logits (B, coded - given, V) of the positions ``given..coded - 1``, embeddings (B, l - coded, C) of
+        the positions ``coded..l - 1``; ``given <= coded <= l``, in positions, not levels.
+        """
+
+
 class Student(nn.Module, ABC):
     """DD1 student: one pass from a partly noisy sequence to all of its tokens (arXiv 2412.17153)."""
 
@@ -179,6 +194,26 @@ class Student(nn.Module, ABC):
         every position of strictly earlier levels and itself.
         """
 
+    def open(self, labels_B: Condition) -> StudentSession:
+        """Start a sampling run. A family overrides it with passes that leave out what :meth:`forward` could."""
+        return FullPasses(self, labels_B)
+
     @abstractmethod
     def init_from_teacher(self, teacher: Teacher) -> None:
         """Copy every weight that the teacher and the student share; the rest keep their initialisation."""
+
+
+class FullPasses(StudentSession):
+    """A session of any student through its :meth:`Student.forward`, the cut sequence filled up with zeros."""
+
+    def __init__(self, student: Student, labels_B: Condition) -> None:
+        self._student = student
+        self._labels_B = labels_B
+
+    def predict(self, x_BlC: Tensor, given: int, coded: int) -> StudentOutput:
+        """See :meth:`StudentSession.predict`."""
+        layout, length = self._student.layout, x_BlC.shape[1]
+        x_BLC = F.pad(x_BlC, (0, 0, 0, layout.length - length))
+        start_B = torch.full_like(x_BlC[:, 0, 0], layout.offsets.index(given), dtype=torch.int64)
+        output = self._student(x_BLC, self._labels_B, start_B, slice(given, coded))
+        return StudentOutput(output.logits_BLV, output.embeddings_BLC[:, coded:length])

@@ -50,3 +50,9 @@ class LevelLayout:
     def given_mask(self, start_B: Tensor) -> Tensor:
         """True where a position belongs to one of the first ``start`` levels: bool of shape (B, L)."""
         return self.level_of_position(start_B.device)[None, :] < start_B[:, None]
+
+
+def noise_data_rows(table_2D: Tensor, given: int, length: int) -> Tensor:
+    """Row 1 of ``table_2D`` (data) for the first ``given`` positions, row 0 (noise) for the others: (length, D)."""
+    noise_1D, data_1D = table_2D.split(1)
+    return torch.cat([data_1D.expand(given, -1), noise_1D.expand(length - given, -1)])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ddops.config.models import LlamaGenConfig
 from ddops.models.conditions import Condition, condition_embedding
-from ddops.models.interface import Student, StudentOutput, Teacher
-from ddops.models.layout import LevelLayout
+from ddops.models.interface import Student, StudentOutput, StudentSession, Teacher
+from ddops.models.layout import LevelLayout, noise_data_rows
 from ddops.models.llamagen import INIT_STD, CausalTrunk, LlamaGenTeacher, fit_linear, init_weights
 
 NOISE, DATA = 0, 1
@@ -74,6 +74,10 @@ class LlamaGenStudent(Student):
         logits_BLV: Tensor = self.head(self.norm(h_BLD[:, logits_at]))
         return StudentOutput(logits_BLV.float(), self.embedding_head(h_BLD, condition.mean_B1D))
 
+    def open(self, labels_B: Condition) -> LlamaGenStudentSession:
+        """See :meth:`Student.open`."""
+        return LlamaGenStudentSession(self, labels_B)
+
     @torch.no_grad()
     def init_from_teacher(self, teacher: Teacher) -> None:
         """See :meth:`Student.init_from_teacher`. The input layer is fitted to the teacher's token table.
@@ -88,3 +92,22 @@ class LlamaGenStudent(Student):
             source = getattr(teacher.transformer, name)
             getattr(self, name).load_state_dict(source.state_dict())
         fit_linear(self.input_proj, teacher.codebook_VC, teacher.transformer.token_embedding.weight)
+
+
+class LlamaGenStudentSession(StudentSession):
+    """Passes of :class:`LlamaGenStudent` without what a pass need not compute (docs/FAST_PATH.md)."""
+
+    def __init__(self, student: LlamaGenStudent, labels_B: Condition) -> None:
+        self._student = student
+        self._condition = student.class_embedding.tokens(labels_B)
+        self._mean_B1D = self._condition.mean_B1D
+
+    def predict(self, x_BlC: Tensor, given: int, coded: int) -> StudentOutput:
+        """See :meth:`StudentSession.predict`."""
+        student, (tokens_BTD, mask_BT) = self._student, self._condition
+        before = tokens_BTD.shape[1]
+        h_BTD = torch.cat([tokens_BTD, student.input_proj(x_BlC)], dim=1)
+        h_BTD = h_BTD + noise_data_rows(student.noise_data_embedding.weight, before + given, h_BTD.shape[1])
+        h_BlD = student.trunk(h_BTD, mask_BT)[:, before:]
+        logits_BlV: Tensor = student.head(student.norm(h_BlD[:, given:coded]))
+        return StudentOutput(logits_BlV.float(), student.embedding_head(h_BlD[:, coded:], self._mean_B1D))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Final, NamedTuple
 
 import torch
@@ -24,6 +26,20 @@ from ddops.models.var_tokenizer import VARTokenizer
 MAX_LOG_SCALE: Final = math.log(100)
 GATE_INIT: Final = 1e-5
 HEAD_INIT: Final = 0.02
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""``(q_BHlE, k_BHlE, v_BHlE, scale) -> y_BHlE``: who sees whom."""
+
+
+def attend_all(q_BHlE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, scale: float) -> Tensor:
+    """Every position sees every other."""
+    return F.scaled_dot_product_attention(q_BHlE, k_BHKE, v_BHKE, scale=scale)
+
+
+def attend_masked(q_BHlE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, scale: float, *, mask_lK: Tensor) -> Tensor:
+    """A row sees a column where ``mask_lK`` is true."""
+    return F.scaled_dot_product_attention(q_BHlE, k_BHKE, v_BHKE, attn_mask=mask_lK, scale=scale)
 
 
 def init_std(width: int) -> float:
@@ -56,13 +72,13 @@ class KeyValueCache:
     def __init__(self) -> None:
         self._keys_and_values: tuple[Tensor, Tensor] | None = None
 
-    def extend(self, k_BHlE: Tensor, v_BHlE: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a level; returns everything so far, (B, H, K, E) twice."""
+    def attend(self, q_BHlE: Tensor, k_BHlE: Tensor, v_BHlE: Tensor, scale: float) -> Tensor:
+        """Add a level, which sees itself and everything so far."""
         if self._keys_and_values is not None:
             k_BHKE, v_BHKE = self._keys_and_values
             k_BHlE, v_BHlE = torch.cat([k_BHKE, k_BHlE], dim=2), torch.cat([v_BHKE, v_BHlE], dim=2)
         self._keys_and_values = k_BHlE, v_BHlE
-        return self._keys_and_values
+        return attend_all(q_BHlE, k_BHlE, v_BHlE, scale)
 
 
 class Modulation(nn.Module):
@@ -115,16 +131,14 @@ class Attention(nn.Module):
         if self.l2_norm:
             self.log_scale_1H11 = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4)))
 
-    def forward(self, x_BlD: Tensor, mask_lK: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x_BlD: Tensor, attend: Attend = attend_all) -> Tensor:
         bias = torch.cat([self.q_bias_D, torch.zeros_like(self.q_bias_D), self.v_bias_D])
         qkv_Bl3HE = F.linear(x_BlD, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
-        q_BHlE, k_BHKE, v_BHKE = (part_BlHE.transpose(1, 2) for part_BlHE in qkv_Bl3HE.unbind(2))
+        q_BHlE, k_BHlE, v_BHlE = (part_BlHE.transpose(1, 2) for part_BlHE in qkv_Bl3HE.unbind(2))
         if self.l2_norm:
             q_BHlE = F.normalize(q_BHlE, dim=-1) * self.log_scale_1H11.clamp(max=MAX_LOG_SCALE).exp()
-            k_BHKE = F.normalize(k_BHKE, dim=-1)
-        if cache is not None:
-            k_BHKE, v_BHKE = cache.extend(k_BHKE, v_BHKE)
-        y_BHlE = F.scaled_dot_product_attention(q_BHlE, k_BHKE, v_BHKE, attn_mask=mask_lK, scale=self.scale)
+            k_BHlE = F.normalize(k_BHlE, dim=-1)
+        y_BHlE = attend(q_BHlE, k_BHlE, v_BHlE, self.scale)
         y_BlD: Tensor = self.out(y_BHlE.transpose(1, 2).flatten(2))
         return y_BlD
 
@@ -150,13 +164,12 @@ class Block(nn.Module):
         self,
         x_BlD: Tensor,
         vectors_B16D: Tensor,
-        mask_lK: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        attend: Attend = attend_all,
         between_BlD: Tensor | None = None,
     ) -> Tensor:
         """``between_BlD`` is added between attention and feed-forward (the DD1 student's)."""
         gate1_B1D, gate2_B1D, scale1_B1D, scale2_B1D, shift1_B1D, shift2_B1D = vectors_B16D.unbind(2)
-        x_BlD = x_BlD + gate1_B1D * self.attention(modulate(self.norm(x_BlD), scale1_B1D, shift1_B1D), mask_lK, cache)
+        x_BlD = x_BlD + gate1_B1D * self.attention(modulate(self.norm(x_BlD), scale1_B1D, shift1_B1D), attend)
         if between_BlD is not None:
             x_BlD = x_BlD + between_BlD
         y_BlD: Tensor = self.mlp(modulate(self.norm(x_BlD), scale2_B1D, shift2_B1D))
@@ -199,12 +212,12 @@ class VARTransformer(nn.Module):
 
     def forward(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
         """Modulated hidden states (B, L, D) from the embedded inputs of every level but the first."""
-        mask_LL = scale_causal_mask(self.layout, prefix_BlD.device)
+        attend = partial(attend_masked, mask_lK=scale_causal_mask(self.layout, prefix_BlD.device))
         cond_BD = self.class_embedding(labels_B)
         vectors = self.modulation_vectors(cond_BD)
         x_BLD = self.join(cond_BD, prefix_BlD)
         for block, vectors_B16D in zip(self.blocks, vectors.blocks, strict=True):
-            x_BLD = block(x_BLD, vectors_B16D, mask_LL)
+            x_BLD = block(x_BLD, vectors_B16D, attend)
         return self.head_input(x_BLD, vectors)
 
     def forward_level(
@@ -213,7 +226,7 @@ class VARTransformer(nn.Module):
         """Modulated hidden states (B, l, D) of one level, not yet placed, given the earlier levels' caches."""
         x_BlD = self.place(x_BlD, self.layout.positions(level))
         for block, vectors_B16D, cache in zip(self.blocks, vectors.blocks, caches, strict=True):
-            x_BlD = block(x_BlD, vectors_B16D, cache=cache)
+            x_BlD = block(x_BlD, vectors_B16D, cache.attend)
         return self.head_input(x_BlD, vectors)
 
     def modulation_vectors(self, cond_BD: Tensor) -> ModulationVectors:
@@ -231,12 +244,13 @@ class VARTransformer(nn.Module):
         return placed_BlD
 
     def embed_sequence(self, cond_BD: Tensor, inputs_BlC: Tensor) -> Tensor:
-        """Every position's embedding, (B, L, D), from the inputs of every level but the first."""
+        """The positions' embeddings, (B, l_0 + l, D), from the inputs of the l positions after the first level."""
         return self.join(cond_BD, self.word_embedding(inputs_BlC))
 
     def join(self, cond_BD: Tensor, prefix_BlD: Tensor) -> Tensor:
-        """The first level's embedding and the others', placed: (B, L, D)."""
-        return self.place(torch.cat([self.embed_class(cond_BD), prefix_BlD], dim=1), slice(None))
+        """The first level's embedding and those of the l positions after it, placed: (B, l_0 + l, D)."""
+        x_BlD = torch.cat([self.embed_class(cond_BD), prefix_BlD], dim=1)
+        return self.place(x_BlD, slice(x_BlD.shape[1]))
 
     def head_input(self, x_BlD: Tensor, vectors: ModulationVectors) -> Tensor:
         """The residual stream normed and modulated, (B, l, D): what the classifier reads."""

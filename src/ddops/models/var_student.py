@@ -5,15 +5,27 @@ Shape suffixes: see :mod:`ddops.models.interface` and :mod:`ddops.models.var`; P
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import VARConfig
 from ddops.models.conditions import Condition
-from ddops.models.interface import Student, StudentOutput, Teacher
-from ddops.models.layout import LevelLayout
-from ddops.models.var import VARTeacher, VARTransformer, embedding, init_std, linear, modulate, normal_parameter
+from ddops.models.interface import Student, StudentOutput, StudentSession, Teacher
+from ddops.models.layout import LevelLayout, noise_data_rows
+from ddops.models.level_attention import attend_by_levels, student_mask
+from ddops.models.var import (
+    VARTeacher,
+    VARTransformer,
+    attend_masked,
+    embedding,
+    init_std,
+    linear,
+    modulate,
+    normal_parameter,
+)
 
 
 class RegressionHead(nn.Module):
@@ -64,19 +76,23 @@ class VARStudent(Student):
         """See :meth:`Student.forward`. Both outputs are float32."""
         transformer = self.transformer
         is_data_BP = F.pad(self.layout.given_mask(start_B).long(), (1, 0), value=1)
-        mask_PP = student_mask(transformer.layout, x_BLC.device)
+        attend = partial(attend_masked, mask_lK=student_mask(transformer.layout, x_BLC.device))
         cond_BD = transformer.class_embedding(labels_B)
         vectors = transformer.modulation_vectors(cond_BD)
         x_BPD = transformer.embed_sequence(cond_BD, x_BLC) + self.noise_data_embedding(is_data_BP)
         *block_linears, head_linear = self.noise_data_linears
         for block, vectors_B16D, layer in zip(transformer.blocks, vectors.blocks, block_linears, strict=True):
-            x_BPD = block(x_BPD, vectors_B16D, mask_PP, between_BlD=self._noise_data_term(layer, is_data_BP))
+            x_BPD = block(x_BPD, vectors_B16D, attend, between_BlD=self._noise_data_term(layer, is_data_BP))
         x_BLD = (x_BPD + self._noise_data_term(head_linear, is_data_BP))[:, 1:]
         return StudentOutput(transformer.predict(x_BLD[:, logits_at], vectors), self.regression_head(x_BLD, cond_BD))
 
     def _noise_data_term(self, layer: nn.Module, is_data_BP: Tensor) -> Tensor:
         """The linear layer is applied to the table's two rows, before they are spread over the positions."""
         return F.embedding(is_data_BP, layer(self.noise_data_embedding.weight))
+
+    def open(self, labels_B: Condition) -> VARStudentSession:
+        """See :meth:`Student.open`."""
+        return VARStudentSession(self, labels_B)
 
     @torch.no_grad()
     def init_from_teacher(self, teacher: Teacher) -> None:
@@ -100,12 +116,28 @@ class VARStudent(Student):
         self.transformer.load_state_dict(state)
 
 
-def student_mask(layout: LevelLayout, device: torch.device) -> Tensor:
-    """True where a row sees a column, (P, P): strictly earlier levels and itself."""
-    level_P = layout.level_of_position(device)
-    # Not torch.eye: its export compares numbers of 16 bits, which TensorRT does not read.
-    place_P = torch.arange(layout.length, device=device)
-    return (level_P[:, None] > level_P[None, :]) | (place_P[:, None] == place_P[None, :])
+class VARStudentSession(StudentSession):
+    """Passes of :class:`VARStudent` without what a pass need not compute (docs/FAST_PATH.md)."""
+
+    def __init__(self, student: VARStudent, labels_B: Condition) -> None:
+        self._student = student
+        self._cond_BD = student.transformer.class_embedding(labels_B)
+        self._vectors = student.transformer.modulation_vectors(self._cond_BD)
+        table_2D = student.noise_data_embedding.weight
+        self._tables = [table_2D, *(layer(table_2D) for layer in student.noise_data_linears)]
+        """(2, D) each: the input's, the blocks', the heads'."""
+
+    def predict(self, x_BlC: Tensor, given: int, coded: int) -> StudentOutput:
+        """See :meth:`StudentSession.predict`."""
+        transformer, positions = self._student.transformer, x_BlC.shape[1] + 1
+        first_PD, *block_terms, head_PD = (noise_data_rows(table, given + 1, positions) for table in self._tables)
+        attend = partial(attend_by_levels, layout=transformer.layout)
+        x_BPD = transformer.embed_sequence(self._cond_BD, x_BlC) + first_PD
+        for block, vectors_B16D, term_PD in zip(transformer.blocks, self._vectors.blocks, block_terms, strict=True):
+            x_BPD = block(x_BPD, vectors_B16D, attend, between_BlD=term_PD)
+        x_BlD = (x_BPD + head_PD)[:, 1:]
+        logits_BlV = transformer.predict(x_BlD[:, given:coded], self._vectors)
+        return StudentOutput(logits_BlV, self._student.regression_head(x_BlD[:, coded:], self._cond_BD))
 
 
 def _zero_linear(width: int) -> nn.Linear:

@@ -3,18 +3,34 @@
 A step fills in every level from its start position on, all at once; the next step keeps the levels before its own
 start position and returns the others to *the same* noise. With a fixed noise and label the result is deterministic.
 
+What a later step returns to noise need not be predicted, and what is given need not be predicted again: each position
+is predicted once, and a step runs over the positions up to the next step's start (docs/FAST_PATH.md).
+:mod:`ddops.sampling.plain` says the same the short way.
+
 The number of steps and their starts are Python values and nothing branches on a tensor, so that a whole sampling run
-can be exported as one graph. Shape suffixes: see :mod:`ddops.models.interface`.
+can be exported as one graph. Shape suffixes: see :mod:`ddops.models.interface`; n positions whose token an argmax
+decided.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddops.models.interface import Student, StudentOutput
+from ddops.models.conditions import Condition
+from ddops.models.interface import Student, StudentSession
 from ddops.models.layout import LevelLayout
+
+
+class Prefix(NamedTuple):
+    """The leading l positions of a sequence, up to the end of a level."""
+
+    q_BlC: Tensor
+    ids_Bn: Tensor
+    """The tokens among them that an argmax decided, in order."""
 
 
 def renoise(x_BLC: Tensor, noise_BLC: Tensor, start_B: Tensor, layout: LevelLayout) -> Tensor:
@@ -22,33 +38,11 @@ def renoise(x_BLC: Tensor, noise_BLC: Tensor, start_B: Tensor, layout: LevelLayo
     return torch.where(layout.given_mask(start_B)[..., None], x_BLC, noise_BLC)
 
 
-def needs_logits(start: int, logit_prefix: int, layout: LevelLayout) -> slice:
-    """The positions whose tokens come from the logits in a step from ``start``; empty where there are none."""
-    given = layout.offsets[start]
-    return slice(given, max(given, layout.offsets[logit_prefix]))
-
-
-def final_sequence(
-    x_BLC: Tensor, output: StudentOutput, codebook_VC: Tensor, start: int, logit_prefix: int, layout: LevelLayout
-) -> Tensor:
-    """The sequence (B, L, C) after a step from ``start``.
-
-    Given positions keep their value from ``x_BLC``, whichever it was. Of the predicted ones, those in the first
-    ``logit_prefix`` levels take the code of the largest logit (``output`` holds the logits of just these positions),
-    later ones the regressed embedding.
-    """
-    coded = needs_logits(start, logit_prefix, layout)
-    parts = [x_BLC[:, : coded.start], output.embeddings_BLC[:, coded.stop :]]
-    if coded.start < coded.stop:
-        parts.insert(1, F.embedding(output.logits_BLV.argmax(-1), codebook_VC))
-    return torch.cat([part_BlC for part_BlC in parts if part_BlC.shape[1]], dim=1)
-
-
 def sample_student(
     student: Student,
     codebook_VC: Tensor,
     noise_BLC: Tensor,
-    labels_B: Tensor,
+    labels_B: Condition,
     start_positions: tuple[int, ...],
     logit_prefix: int,
 ) -> Tensor:
@@ -57,30 +51,47 @@ def sample_student(
     ``start_positions`` and ``logit_prefix`` count levels: VAR's scales, LlamaGen's tokens. Raises ValueError unless
     the start positions begin with 0, increase and stay below S, and ``logit_prefix`` is in 0..S.
     """
-    _check_schedule(start_positions, logit_prefix, student.layout.num_levels)
-    x_BLC = noise_BLC
-    for start in start_positions:
-        x_BLC = student_step(student, codebook_VC, x_BLC, noise_BLC, labels_B, start, logit_prefix)
-    return x_BLC
+    return sample_sequence(student, codebook_VC, noise_BLC, labels_B, start_positions, logit_prefix).q_BlC
 
 
-def student_step(
+def sample_sequence(
     student: Student,
     codebook_VC: Tensor,
-    x_BLC: Tensor,
     noise_BLC: Tensor,
-    labels_B: Tensor,
-    start: int,
+    labels_B: Condition,
+    start_positions: tuple[int, ...],
     logit_prefix: int,
-) -> Tensor:
-    """One step: the sequence (B, L, C) whose first ``start`` levels are those of ``x_BLC``."""
-    start_B = torch.full_like(labels_B, start)
-    x_BLC = renoise(x_BLC, noise_BLC, start_B, student.layout)
-    output = student(x_BLC, labels_B, start_B, needs_logits(start, logit_prefix, student.layout))
-    return final_sequence(x_BLC, output, codebook_VC, start, logit_prefix, student.layout)
+) -> Prefix:
+    """As :func:`sample_student`, with the tokens that were decided on the way."""
+    check_schedule(start_positions, logit_prefix, student.layout.num_levels)
+    session, offsets = student.open(labels_B), student.layout.offsets
+    sequence = Prefix(noise_BLC[:, :0], noise_BLC[:, :0, 0].long())
+    for start in (*start_positions[1:], student.layout.num_levels):
+        sequence = extend(session, codebook_VC, sequence, noise_BLC[:, : offsets[start]], offsets[logit_prefix])
+    return sequence
 
 
-def _check_schedule(start_positions: tuple[int, ...], logit_prefix: int, num_levels: int) -> None:
+def extend(session: StudentSession, codebook_VC: Tensor, given: Prefix, noise_BlC: Tensor, coded: int) -> Prefix:
+    """One step: ``given`` and the rest of the l positions of ``noise_BlC``, predicted from their noise.
+
+    Of the predicted positions, those before ``coded`` take the code of the largest logit, later ones the regressed
+    embedding. Given ones keep their value, whichever it was.
+    """
+    known, length = given.q_BlC.shape[1], noise_BlC.shape[1]
+    coded = min(max(coded, known), length)
+    output = session.predict(torch.cat([given.q_BlC, noise_BlC[:, known:]], dim=1), known, coded)
+    parts, ids_Bn = [given.q_BlC], given.ids_Bn
+    if known < coded:
+        ids_Bl = output.logits_BLV.argmax(-1)
+        ids_Bn = torch.cat([ids_Bn, ids_Bl], dim=1)
+        parts.append(F.embedding(ids_Bl, codebook_VC))
+    if coded < length:
+        parts.append(output.embeddings_BLC)
+    return Prefix(torch.cat(parts, dim=1), ids_Bn)
+
+
+def check_schedule(start_positions: tuple[int, ...], logit_prefix: int, num_levels: int) -> None:
+    """Raises ValueError: see :func:`sample_student`."""
     increasing = list(start_positions) == sorted(set(start_positions))
     if not start_positions or start_positions[0] != 0 or not increasing or start_positions[-1] >= num_levels:
         raise ValueError(f"start_positions must rise from 0 and stay below {num_levels} levels, got {start_positions}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddops.config.models import SamplingConfig
 from ddops.models.interface import Student, Teacher
 from ddops.models.sampling_filters import guided_log_probs
-from ddops.sampling.few_step import student_step
+from ddops.sampling.few_step import Prefix, extend
 from ddops.sampling.teacher import Picker
 
 
@@ -37,14 +37,15 @@ def sample_teacher_involved(
     layout = student.layout
     if not 0 <= first < last < layout.num_levels:
         raise ValueError(f"the teacher can draw levels 0 <= first < last < {layout.num_levels}, got {levels}")
-    codebook_VC = teacher.codebook_VC
-    prefix_BL = labels_B.new_zeros(len(labels_B), 0)
+    codebook_VC, session, coded = teacher.codebook_VC, student.open(labels_B), layout.offsets[logit_prefix]
+    prefix_BL = none_BL = labels_B.new_zeros(len(labels_B), 0)
     if first > 0:
-        q_BLC = student_step(student, codebook_VC, noise_BLC, noise_BLC, labels_B, 0, logit_prefix)
-        prefix_BL = nearest_codes(q_BLC[:, : layout.offsets[first]], codebook_VC)
-    given_BlC = F.embedding(_continue(teacher, labels_B, prefix_BL, last, sampling, pick), codebook_VC)
-    x_BLC = torch.cat([given_BlC, noise_BLC[:, given_BlC.shape[1] :]], dim=1)
-    return student_step(student, codebook_VC, x_BLC, noise_BLC, labels_B, last, logit_prefix)
+        nothing = Prefix(noise_BLC[:, :0], none_BL)
+        drawn = extend(session, codebook_VC, nothing, noise_BLC[:, : layout.offsets[first]], coded)
+        prefix_BL = nearest_codes(drawn.q_BlC, codebook_VC)
+    ids_BL = _continue(teacher, labels_B, prefix_BL, last, sampling, pick)
+    given = Prefix(F.embedding(ids_BL, codebook_VC), none_BL)
+    return extend(session, codebook_VC, given, noise_BLC, coded).q_BlC
 
 
 @torch.inference_mode()
