@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ddops.captions.conditions import Conditions
 from ddops.config.load import load_config
 from ddops.evaluation.drawing import Request, draw_batches
 from ddops.evaluation.images import to_uint8
@@ -45,7 +46,7 @@ def measure(seed: int) -> dict[str, float]:
     reference = look(judge, to_uint8(real.images_NIHW).split(batch_size)).statistics
     teacher = load_teacher(paths.TOKENIZER, paths.TRANSFORMER)
     models = Models(teacher, None, config.sampling, config.trajectories, config.dd1, paths.TRAJECTORIES)
-    request = Request(protocol.labels(seed, teacher.num_conditions), batch_size)
+    request = Request(protocol.labels(seed, Conditions(teacher.num_conditions)), batch_size)
     result: dict[str, float] = {"seed": seed, "samples": len(request.labels_N)}
     for name in ROWS:
         batches = draw_batches(build_row(name, models).draw, request, seed, name)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddops.config.dd2 import HeadConfig
-from ddops.config.models import CaptionsConfig, LlamaGenConfig, SamplingConfig
+from ddops.config.models import CaptionShape, LlamaGenConfig, SamplingConfig
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.checkpoints_llamagen import llamagen_teacher_state
 from ddops.models.conditions import Captions, attach_captions
@@ -27,8 +27,8 @@ from llamagen_helpers import LENGTH, SMALL, TINY, randomised
 from test_llamagen import FILTERED, GUIDED, PLAIN, force, multinomial, sample
 from var_helpers import TOLERANCE, golden, with_prefix
 
-CONFIG = replace(TINY, num_classes=0, captions=CaptionsConfig(length=8, width=32))
-SMALL_CAPTIONS = replace(SMALL, num_classes=0, captions=CaptionsConfig(length=5, width=6))
+CONFIG = replace(TINY, num_classes=0, captions=CaptionShape(length=8, width=32))
+SMALL_CAPTIONS = replace(SMALL, num_classes=0, captions=CaptionShape(length=5, width=6))
 NUMBERS = torch.arange(3)
 SEED = 21
 
@@ -190,7 +190,7 @@ def test_one_pass_equals_level_after_level(sampling: SamplingConfig) -> None:
 def test_padding_is_not_seen() -> None:
     """Neither its features nor how much of it there is: the same caption in more slots gives the same logits."""
     numbers_B, ids_BL = torch.tensor([3]), torch.zeros(1, LENGTH, dtype=torch.long)
-    longer = LlamaGenTeacher(replace(SMALL_CAPTIONS, captions=CaptionsConfig(length=9, width=6)))
+    longer = LlamaGenTeacher(replace(SMALL_CAPTIONS, captions=CaptionShape(length=9, width=6)))
     state = small_teacher().state_dict()
     state["transformer.class_embedding.uncond_TW"] = torch.zeros(9, 6)
     longer.load_state_dict(state)

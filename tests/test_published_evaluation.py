@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddops.captions.conditions import Conditions
 from ddops.cli import main
 from ddops.config.load import compose, load_config, validate, write_params
 from ddops.config.stages import Config
@@ -103,7 +104,7 @@ def test_dd_50k_from_the_released_student_to_the_exported_graph(world: World, in
 
     samples = open_samples(paths.SAMPLES / "dd1_1step" / "seed0.npz")
     assert samples.shape == (COUNT, 64, 64, 3)
-    assert torch.equal(samples.labels_N, open_protocol(config.evaluate).labels(0, 10))
+    assert torch.equal(samples.labels_N, open_protocol(config.evaluate).labels(0, Conditions(10)))
     assert len(samples.labels_N.unique()) == 10
 
     gate.gate(config.gate, config.evaluate, config.export)

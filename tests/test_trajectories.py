@@ -44,6 +44,7 @@ COUNTS = ["trajectories.count=44", "trajectories.shard_size=12", "trajectories.b
 OVERRIDES = (*COUNTS, "trajectories.tolerance=0.01", f"seed={SEED}")
 NAMES = [*(f"shard-{number:05d}.safetensors" for number in range(4)), "manifest.json"]
 CODE_DIM = 8
+NO_CAPTIONS = Path("no-captions")
 
 
 @cache
@@ -62,7 +63,7 @@ def teacher_files(family="llamagen"):
 def job(directory, family="llamagen", *, seed=SEED, **changes):
     config = tiny(family, *OVERRIDES)
     trajectories = replace(config.trajectories, **changes)
-    return Job.of(SavedTeacher.of(*teacher_files(family)), trajectories, config.sampling, seed, directory)
+    return Job.of(SavedTeacher.of(*teacher_files(family), NO_CAPTIONS), trajectories, config.sampling, seed, directory)
 
 
 def make(directory, family="llamagen", *, anew=False, mapper=in_this_process, **changes):

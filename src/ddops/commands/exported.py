@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddops.captions.conditions import open_conditions
 from ddops.config.stages import Config
 from ddops.evaluation.drawing import Indices, Request, draw_batches, sample_noise
 from ddops.evaluation.protocols import open_protocol
@@ -28,6 +29,9 @@ def judge_exported(config: Config) -> dict[str, float]:
 
     protocol, seed = open_protocol(config.evaluate), config.evaluate.seeds[0]
     ruler = open_ruler(config.evaluate, paths.CLASSIFIER, statistics_file(config.evaluate))
-    labels_N = protocol.labels(seed, student.num_conditions)
+    conditions = open_conditions(paths.EVALUATE_CAPTIONS, student)
+    labels_N = protocol.labels(seed, conditions)
     request = Request(labels_N, config.evaluate.batch_size)
-    return ruler.figures(draw_batches(draw, request, seed, "exported", protocol.image_size), labels_N)
+    return ruler.figures(
+        draw_batches(draw, request, seed, "exported", protocol.image_size), conditions.classes_K[labels_N]
+    )

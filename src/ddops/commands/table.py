@@ -128,6 +128,7 @@ def _names(asked: str, config: Config) -> list[str]:
 
 
 def _open(config: Config) -> tuple[Ruler, Models, dict[str, str]]:
+    from ddops.captions.conditions import open_conditions
     from ddops.evaluation.device import accelerator
     from ddops.evaluation.rows import Models
     from ddops.evaluation.ruler import open_ruler
@@ -141,6 +142,7 @@ def _open(config: Config) -> tuple[Ruler, Models, dict[str, str]]:
             raise CommandError(f"{path}: missing; run dvc repro evaluate first")
     teacher = load_teacher(files["tokenizer"], files["teacher"]).to(accelerator())
     student = load_student(files["dd1"]).to(accelerator())
+    open_conditions(paths.EVALUATE_CAPTIONS, teacher, student)
     ruler = open_ruler(config.evaluate, paths.CLASSIFIER, statistics_file(config.evaluate))
     models = Models(teacher, student, config.sampling, config.trajectories, config.dd1, paths.TRAJECTORIES)
     return ruler, models, {name: sha256_file(path) for name, path in files.items()}
@@ -158,15 +160,17 @@ def _judge(
     row: Row, ruler: Ruler, config: Config, models: Models, arguments: argparse.Namespace
 ) -> dict[str, float | int]:
     """Mean and spread of every figure over the protocol's seeds. The images are judged as they are drawn."""
+    from ddops.captions.conditions import open_conditions
     from ddops.evaluation.drawing import Request, draw_batches
     from ddops.evaluation.protocols import open_protocol
 
     protocol, runs = open_protocol(config.evaluate), []
+    conditions = open_conditions(paths.EVALUATE_CAPTIONS, models.teacher)
     for seed in config.evaluate.seeds:
-        labels_N = protocol.labels(seed, models.teacher.num_conditions)
+        labels_N = protocol.labels(seed, conditions)
         request = Request(labels_N, config.evaluate.batch_size)
         batches = draw_batches(row.draw, request, seed, f"{row.name}, seed {seed}", protocol.image_size)
-        figures = ruler.figures(batches, labels_N)
+        figures = ruler.figures(batches, conditions.classes_K[labels_N])
         if arguments.ppl_samples and row.generator is not None:
             figures["ppl"] = _path_length(row, config, models, seed, arguments)
         runs.append(figures)

@@ -123,7 +123,7 @@ def run_verify(arguments: argparse.Namespace) -> None:
     workspace, directory = _place(arguments)
     model = workspace.config.teacher.model
     try:
-        found = list(problems(directory, model.num_classes, model.codebook_size))
+        found = list(problems(directory, _num_conditions(workspace), model.codebook_size))
         manifest = read_manifest(directory)
     except DatasetError as error:
         raise CommandError(str(error)) from None
@@ -148,7 +148,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         raise CommandError(str(error)) from None
     length = dataset.ids_NL.shape[1]
     stored = sum((directory / shard["name"]).stat().st_size for shard in manifest["shards"])
-    counts = torch.bincount(dataset.labels_N, minlength=model.num_classes)
+    counts = torch.bincount(dataset.labels_N, minlength=_num_conditions(workspace))
     print(f"{directory}: {len(dataset)} samples in {len(manifest['shards'])} shards")
     print(f"  bytes a sample   {stored / len(dataset):.1f}; storing the noise would add {4 * length * model.code_dim}")
     print(f"  samples a class  {int(counts.min())} to {int(counts.max())}")
@@ -160,10 +160,12 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 def _look(arguments: argparse.Namespace, workspace: Workspace, labels_N: Tensor, ids_NL: Tensor, batch: int) -> None:
     from torch.nn import functional as F
 
+    from ddops.captions.conditions import open_conditions
     from ddops.evaluation.images import grid, save_png, to_uint8
     from ddops.models.weights import load_teacher
 
     teacher = load_teacher(workspace.tokenizer, workspace.transformer)
+    open_conditions(workspace.root / paths.TRAIN_CAPTIONS, teacher)
     if arguments.grid:
         images_NIHW = to_uint8(teacher.decode(F.embedding(ids_NL[:64].long(), teacher.codebook_VC)).detach())
         save_png(grid(images_NIHW, 8, scale=max(1, 48 // workspace.config.teacher.model.image_size)), arguments.grid)
@@ -217,7 +219,8 @@ def _job(arguments: argparse.Namespace, workers: int) -> tuple[Workspace, Job]:
     from ddops.trajectories.generate import Job, SavedTeacher
 
     workspace, directory = _place(arguments)
-    config, teacher = workspace.config, SavedTeacher.of(workspace.tokenizer, workspace.transformer)
+    config = workspace.config
+    teacher = SavedTeacher.of(workspace.tokenizer, workspace.transformer, workspace.root / paths.TRAIN_CAPTIONS)
     trajectories = replace(config.trajectories, count=arguments.count or config.trajectories.count)
     if not trajectories.count:
         raise CommandError("trajectories.count is 0: nothing is to be made; pass --count N")
@@ -232,6 +235,15 @@ def _shard_numbers(text: str) -> frozenset[int]:
             raise argparse.ArgumentTypeError(f"numbers and ranges such as 0-3,7, got {text!r}")
         numbers.update(range(int(first), int(last or first) + 1))
     return frozenset(numbers)
+
+
+def _num_conditions(workspace: Workspace) -> int:
+    """Classes, or captions."""
+    from ddops.captions.store import read_manifest
+
+    if classes := workspace.config.teacher.model.num_classes:
+        return classes
+    return int(read_manifest(workspace.root / paths.TRAIN_CAPTIONS)["count"])
 
 
 def _positive(text: str) -> int:

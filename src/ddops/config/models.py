@@ -69,7 +69,7 @@ class VARConfig:
 
 
 @config
-class CaptionsConfig:
+class CaptionShape:
     """Captions as a model takes them: the features of a text encoder."""
 
     length: PositiveInt
@@ -100,7 +100,7 @@ class LlamaGenConfig:
     ffn_hidden: PositiveInt
     rope_base: PositiveFloat
     norm_eps: PositiveFloat
-    captions: CaptionsConfig | None = None
+    captions: CaptionShape | None = None
     """What it draws for in place of classes: text to image."""
 
     def __post_init__(self) -> None:

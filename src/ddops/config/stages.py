@@ -16,6 +16,7 @@ from ddops.config.base import (
     PositiveInt,
     config,
 )
+from ddops.config.captions import CaptionsConfig, SeededEncoderConfig
 from ddops.config.dd2 import ARDiffusionConfig, DD2Config
 from ddops.config.evaluation import EvaluateConfig, FeaturesConfig, GateConfig, parse_row
 from ddops.config.models import ModelConfig, SamplingConfig
@@ -229,6 +230,7 @@ class Config:
     preset: str
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     features: FeaturesConfig
+    captions: CaptionsConfig
     teacher: TeacherConfig
     sampling: SamplingConfig
     trajectories: TrajectoriesConfig
@@ -246,6 +248,7 @@ class Config:
         codes = self.teacher.model.codebook_size
         if self.sampling.top_k > codes:
             raise ValueError(f"sampling.top_k: {self.sampling.top_k} exceeds the codebook's {codes} codes")
+        self._check_captions()
         if self.dd1.start_positions[-1] >= levels:
             raise ValueError(
                 f"dd1.start_positions: {self.dd1.start_positions[-1]} is past the end, the teacher has {levels} {unit}"
@@ -275,6 +278,22 @@ class Config:
             raise ValueError(
                 f"evaluate.rows: {self.export.row} is missing, which is what is exported: it must be judged"
             )
+
+    def _check_captions(self) -> None:
+        """They are encoded as the teacher takes them."""
+        shape = getattr(self.teacher.model, "captions", None)
+        if (shape is None) != (self.captions.source == "none"):
+            needs = "draws for classes" if shape is None else "draws for captions"
+            raise ValueError(f"captions.source: {self.captions.source}, but the teacher {needs}")
+        if shape is None or self.captions.source == "none":
+            return
+        if self.captions.length != shape.length:
+            raise ValueError(f"captions.length: {self.captions.length}, but the teacher takes {shape.length} tokens")
+        encoder = self.captions.encoder
+        if isinstance(encoder, SeededEncoderConfig) and encoder.width != shape.width:
+            raise ValueError(f"captions.encoder.width: {encoder.width}, but the teacher takes {shape.width}")
+        if "onestep_class" in self.evaluate.rows and self.captions.sets.train != self.captions.sets.evaluate:
+            raise ValueError("evaluate.rows: onestep_class knows the captions of captions.sets.train only")
 
     def _check_row(self, name: str) -> None:
         """A row must be one that these models can draw."""

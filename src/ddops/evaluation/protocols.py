@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddops.captions.conditions import Conditions
 from ddops.config.evaluation import (
     ADM50kEvaluateConfig,
     DD50kEvaluateConfig,
@@ -26,8 +27,8 @@ class Protocol(ABC):
     """Which samples a protocol wants."""
 
     @abstractmethod
-    def labels(self, seed: int, num_classes: int) -> Tensor:
-        """The label of every sample of a row, int64 (N,)."""
+    def labels(self, seed: int, conditions: Conditions) -> Tensor:
+        """The condition of every sample of a row, int64 (N,)."""
 
     @property
     def image_size(self) -> int | None:
@@ -45,8 +46,8 @@ class DigitsProtocol(Protocol):
     def __init__(self, config: DigitsEvaluateConfig) -> None:
         self.config = config
 
-    def labels(self, seed: int, num_classes: int) -> Tensor:
-        return digits.load().labels_N.repeat(self.config.samples_per_image)
+    def labels(self, seed: int, conditions: Conditions) -> Tensor:
+        return conditions.of_images(digits.load().labels_N).repeat(self.config.samples_per_image)
 
     def real_images(self) -> LabelledImages | None:
         return digits.load()
@@ -58,11 +59,11 @@ class ImageNetProtocol(Protocol):
     def __init__(self, config: DD50kEvaluateConfig | ADM50kEvaluateConfig) -> None:
         self.config = config
 
-    def labels(self, seed: int, num_classes: int) -> Tensor:
+    def labels(self, seed: int, conditions: Conditions) -> Tensor:
         if isinstance(self.config, ADM50kEvaluateConfig):
-            return torch.arange(num_classes).repeat(self.config.samples_per_class)
+            return torch.arange(conditions.count).repeat(self.config.samples_per_class)
         indices_N = np.arange(self.config.samples, dtype=np.int64)
-        return torch.from_numpy(integers(seed, Stream.LABEL, indices_N, 1, num_classes)[:, 0])
+        return torch.from_numpy(integers(seed, Stream.LABEL, indices_N, 1, conditions.count)[:, 0])
 
     @property
     def image_size(self) -> int | None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ddops.config.captions import PublishedEncoderConfig
 from ddops.config.models import ModelConfig
 from ddops.config.stages import DownloadedTeacherConfig, DownloadSource, PublishedFile, ReleasedDD1Config
 from ddops.files import write_json
@@ -39,6 +40,16 @@ def acquire_student(
     files = _obtain(config.download, [config.download.student], lock)
     _convert(files[0], config.download.student, model, STUDENT, student)
     return files
+
+
+def obtain_directory(config: PublishedEncoderConfig, lock: Path = LOCK) -> tuple[Path, list[FetchedFile]]:
+    """A published encoder's files, side by side in one directory. Raises as :func:`acquire_teacher`."""
+    if config.path is not None:
+        directory = Path(config.path).expanduser()
+        return directory, [local(directory, name, config.repo) for name in config.files]
+    files = fetch([HubFile(config.repo, config.revision, name) for name in config.files], lock)
+    # In the hub's cache, files of a commit lie in a directory of its own.
+    return files[0].path.parents[len(Path(config.files[0]).parts) - 1], files
 
 
 def write_origin(directories: Iterable[Path], files: Iterable[FetchedFile]) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddops.config.models import CaptionsConfig
+from ddops.config.models import CaptionShape
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -104,7 +104,7 @@ class CaptionEmbedding(ConditionEmbedding):
     caption's own mask there, and random features that are not trained.
     """
 
-    def __init__(self, config: CaptionsConfig, width: int) -> None:
+    def __init__(self, config: CaptionShape, width: int) -> None:
         super().__init__()
         self.config = config
         self.num_conditions = 0
@@ -133,7 +133,7 @@ class CaptionEmbedding(ConditionEmbedding):
         return Captions(torch.where(given_B[:, None, None], features_BTW, self.uncond_TW), mask_BT.to(given_B.device))
 
 
-def condition_embedding(num_classes: int, captions: CaptionsConfig | None, width: int) -> ConditionEmbedding:
+def condition_embedding(num_classes: int, captions: CaptionShape | None, width: int) -> ConditionEmbedding:
     """Of captions where the configuration has some, else of classes."""
     return ClassEmbedding(num_classes, width) if captions is None else CaptionEmbedding(captions, width)
 

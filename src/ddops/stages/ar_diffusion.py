@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddops.captions.conditions import Conditions, open_conditions
 from ddops.config.dd2 import ARDiffusionConfig, NotTrainedConfig, TrainedARDiffusionConfig
 from ddops.config.evaluation import DigitsFeaturesConfig, FeaturesConfig
 from ddops.config.models import SamplingConfig
@@ -41,10 +42,11 @@ def ar_diffusion(
     trajectories = require(paths.TRAJECTORIES / MANIFEST, "trajectories")
     teacher = as_backbone(load_teacher(tokenizer_file, transformer_file).requires_grad_(False))
     dataset = TrajectoryDataset(paths.TRAJECTORIES, teacher.codebook_VC.shape[1])
+    conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher)
     checkpoint = checkpoint_file(
         "ar_diffusion",
         [seed, sampling, ar_diffusion],
-        [tokenizer_file, transformer_file, *judge_files, trajectories],
+        [tokenizer_file, transformer_file, *judge_files, trajectories, *conditions.files],
     )
     state = train(
         seeded(seed, lambda: new_ar_diffusion(teacher, ar_diffusion.head)),
@@ -55,16 +57,18 @@ def ar_diffusion(
         checkpoint=checkpoint,
         curves_dir=paths.CURVES / "ar_diffusion",
         description="ar-diffusion",
-        evaluate=_fid(teacher, ar_diffusion) if judge_files else None,
+        evaluate=_fid(teacher, conditions, ar_diffusion) if judge_files else None,
         evaluate_every=ar_diffusion.evaluate_every,
     )
     save_ar_diffusion(paths.AR_DIFFUSION, state, teacher.config, ar_diffusion.head)
     checkpoint.remove()
 
 
-def _fid(teacher: BackboneTeacher, config: TrainedARDiffusionConfig) -> Callable[[nn.Module], Mapping[str, float]]:
+def _fid(
+    teacher: BackboneTeacher, conditions: Conditions, config: TrainedARDiffusionConfig
+) -> Callable[[nn.Module], Mapping[str, float]]:
     """FID of the EMA model's own multi-step samples."""
-    fid = FIDCurve(config.evaluate_count)
+    fid = FIDCurve(config.evaluate_count, conditions)
 
     def curve(model: nn.Module) -> Mapping[str, float]:
         def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ddops.captions.errors import CaptionError
 from ddops.config.load import ConfigError, load_config
 from ddops.evaluation.errors import MetricError
 from ddops.evaluation.production import RegistryError
@@ -38,7 +39,7 @@ EXIT_TRY_AGAIN = 75
 sysexits.h). Any other failure that was explained is 1."""
 
 EXPECTED_ERRORS = (
-    *(ConfigError, CheckpointError, MetricError, RegistryError, DatasetError),
+    *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError),
     *(StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, OSError),
 )
 

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import nn
 
+from ddops.captions.conditions import Conditions, open_conditions
 from ddops.config.evaluation import DigitsFeaturesConfig, FeaturesConfig
 from ddops.config.models import ModelConfig
 from ddops.config.stages import DD1Config, ReleasedDD1Config, TrainedDD1Config
@@ -51,7 +52,8 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
 
     student = seeded(seed, lambda: build_student(model_config))
     student.init_from_teacher(teacher)
-    inputs = [tokenizer_file, transformer_file, *judge_files, paths.TRAJECTORIES / MANIFEST]
+    conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher, student)
+    inputs = [tokenizer_file, transformer_file, *judge_files, paths.TRAJECTORIES / MANIFEST, *conditions.files]
     checkpoint = checkpoint_file("dd1", [seed, dd1], inputs)
     batches = batch_source(
         dataset, lambda step: own_share(batch_indices(seed, step, dd1.training.batch_size, len(dataset)))
@@ -66,7 +68,7 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
         curves_dir=paths.CURVES / "dd1",
         description="dd1 student",
         # Inception costs as much an image as a student's pass: published presets train without a curve of FIDs.
-        evaluate=_fid_curve(teacher, dd1) if judged else None,
+        evaluate=_fid_curve(teacher, conditions, dd1) if judged else None,
         evaluate_every=dd1.evaluate_every,
     )
     save_weights(paths.DD1_STUDENT, state, model_config, STUDENT)
@@ -79,9 +81,11 @@ def _perceptual_distance(config: TrainedDD1Config) -> PerceptualDistance:
     return classifier_distance(load_classifier(paths.CLASSIFIER))
 
 
-def _fid_curve(teacher: Teacher, config: TrainedDD1Config) -> Callable[[nn.Module], Mapping[str, float]]:
+def _fid_curve(
+    teacher: Teacher, conditions: Conditions, config: TrainedDD1Config
+) -> Callable[[nn.Module], Mapping[str, float]]:
     """FID of the EMA student in one step and in all steps."""
-    fid = FIDCurve(config.evaluate_count)
+    fid = FIDCurve(config.evaluate_count, conditions)
 
     def curve(model: nn.Module) -> Mapping[str, float]:
         draws = {

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddops.captions.conditions import Conditions, open_conditions
 from ddops.config.dd2 import DD2Config, NotTrainedConfig, TrainedDD2Config
 from ddops.config.evaluation import DigitsFeaturesConfig, FeaturesConfig
 from ddops.config.models import SamplingConfig
@@ -52,13 +53,16 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
     teacher = as_backbone(load_teacher(paths.TOKENIZER, paths.TRANSFORMER).requires_grad_(False))
     dataset = TrajectoryDataset(paths.TRAJECTORIES, teacher.codebook_VC.shape[1])
     generator = seeded(seed, lambda: _generator(dd2, teacher)).train()
+    guidance = _guidance(dd2, teacher).train()
+    conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher, generator, guidance)
+    inputs += conditions.files
     checkpoint = checkpoint_file("dd2", [seed, sampling, dd1.start_positions, dd2], inputs)
     batches = batch_source(
         dataset, lambda step: own_share(batch_indices(seed, step, dd2.training.batch_size, len(dataset)))
     )
     state = train_alternating(
         generator,
-        _guidance(dd2, teacher).train(),
+        guidance,
         DD2Objectives(teacher, batches, dd2, sampling, dd1.start_positions),
         config=dd2.training,
         guidance_config=dd2.guidance,
@@ -67,7 +71,7 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
         checkpoint=checkpoint,
         curves_dir=paths.CURVES / "dd2",
         description="dd2 generator",
-        evaluate=_watch(teacher, dataset, dd1, dd2, judged),
+        evaluate=_watch(teacher, dataset, dd1, dd2, conditions if judged else None),
         evaluate_every=dd2.evaluate_every,
     )
     head = generator.model.head_config if isinstance(generator, ARDiffusionGenerator) else None
@@ -92,14 +96,18 @@ def _guidance(config: TrainedDD2Config, teacher: BackboneTeacher) -> ARDiffusion
 
 
 def _watch(
-    teacher: BackboneTeacher, dataset: TrajectoryDataset, dd1: DD1Config, dd2: TrainedDD2Config, judged: bool
+    teacher: BackboneTeacher,
+    dataset: TrajectoryDataset,
+    dd1: DD1Config,
+    dd2: TrainedDD2Config,
+    judged: Conditions | None,
 ) -> Callable[[nn.Module], Mapping[str, float]]:
     """Diversity of the EMA generator's sequences, which stops the stage where it is lost, and FID a step count."""
     codebook_VC = teacher.codebook_VC
     logit_prefix = dd2.logit_prefix(teacher.layout.num_levels)
     batch = dataset.batch(torch.arange(min(dd2.evaluate_count, len(dataset))))
     teacher_spread = within_class_spread(F.embedding(batch.ids_BL, codebook_VC), batch.labels_B)
-    fid = FIDCurve(dd2.evaluate_count) if judged else None
+    fid = FIDCurve(dd2.evaluate_count, judged) if judged else None
 
     def watch(model: nn.Module) -> Mapping[str, float]:
         student = cast(Student, model)

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ddops.captions.conditions import Conditions
 from ddops.data import digits
 from ddops.evaluation.drawing import Indices, Request, draw_batches
 from ddops.evaluation.images import to_uint8
@@ -23,9 +24,10 @@ CURVE_SEED: Final = 2**31
 class FIDCurve:
     """Judges what ``decode(sample indices, labels) -> images`` draws."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, conditions: Conditions) -> None:
         data = digits.load()
-        self._request = Request(data.labels_N[torch.arange(count) % len(data)], CURVE_BATCH)
+        labels_N = conditions.of_images(data.labels_N)
+        self._request = Request(labels_N[torch.arange(count) % len(data)], CURVE_BATCH)
         self._judge = DigitsJudge(load_classifier(paths.CLASSIFIER))
         self._reference = look(self._judge, to_uint8(data.images_NIHW).split(CURVE_BATCH)).statistics
 

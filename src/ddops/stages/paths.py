@@ -5,6 +5,10 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 
 CLASSIFIER = Path("artifacts/features/classifier.safetensors")
+CAPTIONS = Path("data/captions")
+TRAIN_CAPTIONS = CAPTIONS / "train"
+EVALUATE_CAPTIONS = CAPTIONS / "evaluate"
+TEXT_ENCODER = CAPTIONS / "encoder"
 TOKENIZER = Path("artifacts/teacher/tokenizer.safetensors")
 TRANSFORMER = Path("artifacts/teacher/transformer.safetensors")
 TRAJECTORIES = Path("data/trajectories")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddops.captions.conditions import Conditions, open_conditions
 from ddops.config.base import plain
 from ddops.config.dd2 import DD2Config, TrainedDD2Config
 from ddops.config.evaluation import EvaluateConfig
@@ -62,24 +63,28 @@ def sample(
     model = load_teacher(files["tokenizer"], files["teacher"]).to(accelerator())
     student = load_student(files["dd1"]).to(accelerator())
     generator = load_generator(files["tokenizer"], files["dd2"]).to(accelerator()) if trained else None
+    drawing = [each for each in (student, generator) if each is not None]
+    conditions = open_conditions(paths.EVALUATE_CAPTIONS, model, *drawing)
     models = Models(model, student, sampling, trajectories, dd1, paths.TRAJECTORIES, dd2, generator)
     rows = [build_row(name, models) for name in evaluate.rows]
     protocol = open_protocol(evaluate)
 
     dataset = sha256_file(require(paths.TRAJECTORIES / MANIFEST, "trajectories"))
-    settings = [hashes, dataset, plain(sampling), plain(trajectories), plain(dd1), plain(dd2), plain(evaluate)]
+    prompts = [sha256_file(path) for path in conditions.files]
+    sections = [plain(section) for section in (sampling, trajectories, dd1, dd2, evaluate)]
+    settings = [hashes, prompts, dataset, *sections]
     drawn = _unfinished(sha256_json(settings))
     if real := protocol.real_images():
         batches = reconstruct(model, real.images_NIHW, evaluate.batch_size)
         _draw(drawn / RECONSTRUCTION / "seed0.npz", batches, real.labels_N)
     for row in rows:
         for seed in evaluate.seeds:
-            labels_N = protocol.labels(seed, model.num_conditions)
+            labels_N = protocol.labels(seed, conditions)
             request = Request(labels_N, evaluate.batch_size)
             batches = draw_batches(row.draw, request, seed, row.name, protocol.image_size)
-            _draw(drawn / row.name / f"seed{seed}.npz", batches, labels_N)
-    _write_grids(drawn, protocol, model.num_conditions, evaluate)
-    _write_interpolations(rows, models, evaluate)
+            _draw(drawn / row.name / f"seed{seed}.npz", batches, conditions.classes_K[labels_N])
+    _write_grids(drawn, protocol, conditions, evaluate)
+    _write_interpolations(rows, models, conditions, evaluate)
     facts = {row.name: {"passes": row.passes, "parameters": row.parameters} for row in rows}
     write_json(drawn / paths.SAMPLES_MANIFEST.name, {"models": hashes, "rows": facts})
     shutil.rmtree(paths.SAMPLES, ignore_errors=True)
@@ -102,9 +107,9 @@ def _draw(path: Path, batches: Iterable[Tensor], labels_N: Tensor) -> None:
         write_samples(path, batches, labels_N)
 
 
-def _write_grids(drawn: Path, protocol: Protocol, num_classes: int, evaluate: EvaluateConfig) -> None:
+def _write_grids(drawn: Path, protocol: Protocol, conditions: Conditions, evaluate: EvaluateConfig) -> None:
     """The first few images of some classes, a column a class: the same classes, and of one seed, in every grid."""
-    classes = _grid_classes(num_classes, evaluate).tolist()
+    classes = _grid_classes(conditions, evaluate).tolist()
     columns = len(classes)
     for row in (RECONSTRUCTION, *evaluate.rows):
         if (file := next(iter(sorted((drawn / row).glob("*.npz"))), None)) is not None:
@@ -115,9 +120,11 @@ def _write_grids(drawn: Path, protocol: Protocol, num_classes: int, evaluate: Ev
         _write_grid("data", torch.stack(chosen, 1).flatten(0, 1), columns)
 
 
-def _write_interpolations(rows: Sequence[Row], models: Models, evaluate: EvaluateConfig) -> None:
+def _write_interpolations(
+    rows: Sequence[Row], models: Models, conditions: Conditions, evaluate: EvaluateConfig
+) -> None:
     """For every row that is a function of its noise: a line of frames a class, from one noise to another."""
-    labels_K = _grid_classes(models.teacher.num_conditions, evaluate)
+    labels_K = conditions.examples(_grid_classes(conditions, evaluate))
     shape = (models.teacher.layout.length, models.teacher.codebook_VC.shape[1])
     for row in rows:
         if row.generator is not None:
@@ -125,8 +132,9 @@ def _write_interpolations(rows: Sequence[Row], models: Models, evaluate: Evaluat
             _write_grid(f"interpolation_{row.name}", to_uint8(images_NIHW).cpu(), FRAMES)
 
 
-def _grid_classes(num_classes: int, evaluate: EvaluateConfig) -> Tensor:
+def _grid_classes(conditions: Conditions, evaluate: EvaluateConfig) -> Tensor:
     """Classes shown in grids, spread over all of them."""
+    num_classes = int(conditions.classes_K.max()) + 1
     columns = min(evaluate.grid_classes, num_classes)
     return torch.arange(columns) * num_classes // columns
 

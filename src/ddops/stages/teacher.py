@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddops.captions.conditions import open_conditions
 from ddops.config.stages import DownloadedTeacherConfig, TeacherConfig, TrainedTeacherConfig
 from ddops.data import digits
 from ddops.hub.acquire import acquire_teacher, write_origin
@@ -64,15 +65,12 @@ def _trained_transformer(
     model.tokenizer.requires_grad_(False)
     with torch.inference_mode():
         ids_NL = tokenizer.encode(data.images_NIHW).clone()
-    checkpoint = checkpoint_file(
-        "transformer",
-        [seed, config],
-    )
+    conditions = open_conditions(paths.TRAIN_CAPTIONS, model)
+    labels_N = conditions.of_images(data.labels_N)
+    checkpoint = checkpoint_file("transformer", [seed, config], conditions.files)
     state = train(
         model,
-        teacher_objective(
-            ids_NL, data.labels_N, label_dropout=config.label_dropout, token_dropout=config.token_dropout
-        ),
+        teacher_objective(ids_NL, labels_N, label_dropout=config.label_dropout, token_dropout=config.token_dropout),
         config=config.training,
         seed=seed,
         dataset_size=len(data),

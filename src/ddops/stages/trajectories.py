@@ -16,7 +16,8 @@ def trajectories(seed: int, sampling: SamplingConfig, trajectories: Trajectories
     if trajectories.count == 0:
         write_empty(paths.TRAJECTORIES, "trajectories.count is 0: nothing is trained on them")
         return
-    teacher = SavedTeacher.of(require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher"))
+    files = require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher")
+    teacher = SavedTeacher.of(*files, paths.TRAIN_CAPTIONS)
     job = Job.of(teacher, trajectories, sampling, seed, paths.TRAJECTORIES, workers_from_environment())
     # DVC runs this because something changed, and keeps the data set of before in its cache.
     metrics = generate(job, replace=True, mapper=from_environment())

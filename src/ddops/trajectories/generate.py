@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ddops.captions.conditions import open_conditions
+from ddops.captions.store import MANIFEST as CAPTIONS_MANIFEST
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import TrajectoriesConfig
 from ddops.files import sha256_file, sha256_json
@@ -43,20 +45,26 @@ from ddops.trajectories.shards import (
 
 log = logging.getLogger(__name__)
 
+MOST_CODES = 2**16 - 1
+"""What sixteen bits hold: ids always, labels unless there are more conditions than that."""
+
 
 @dataclass(frozen=True)
 class SavedTeacher:
-    """A teacher in its two files, opened once a process; on a GPU where there is one."""
+    """A teacher in its two files, opened once a process; on a GPU where there is one. With the prompt set that it draws
+    for, if it draws for captions."""
 
     tokenizer: Path
     transformer: Path
+    captions: Path
     sha256: str
 
     @classmethod
-    def of(cls, tokenizer: Path, transformer: Path) -> SavedTeacher:
-        """With the hash of the files, by their absolute paths."""
-        sha256 = sha256_json([sha256_file(tokenizer), sha256_file(transformer)])
-        return cls(tokenizer.absolute(), transformer.absolute(), sha256)
+    def of(cls, tokenizer: Path, transformer: Path, captions: Path) -> SavedTeacher:
+        """With the hash of the files, by their absolute paths; ``captions`` is read where there is a prompt set."""
+        files = [tokenizer, transformer, *(path for path in [captions / CAPTIONS_MANIFEST] if path.exists())]
+        sha256 = sha256_json([sha256_file(path) for path in files])
+        return cls(tokenizer.absolute(), transformer.absolute(), captions.absolute(), sha256)
 
     def fitting_batch(self, workers: int) -> int:
         """Samples a batch that fit into the memory at hand where ``workers`` processes share this machine."""
@@ -65,7 +73,9 @@ class SavedTeacher:
 
     @cache  # noqa: B019  one teacher a process, kept to its end
     def __call__(self) -> Teacher:
-        return load_teacher(self.tokenizer, self.transformer).to("cuda" if torch.cuda.is_available() else "cpu")
+        teacher = load_teacher(self.tokenizer, self.transformer).to("cuda" if torch.cuda.is_available() else "cpu")
+        open_conditions(self.captions, teacher)
+        return teacher
 
 
 @dataclass(frozen=True)
@@ -298,7 +308,7 @@ def make_shard(job: Job, plan: ShardPlan) -> Throughput:
             return chosen
 
         ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B).to(device), job.sampling, timed_pick).cpu()
-        labels.append(labels_B.astype(np.uint16))
+        labels.append(labels_B.astype(np.min_scalar_type(max(teacher.num_conditions - 1, MOST_CODES))))
         ids.append(ids_BL.numpy().astype(np.uint16))
         sampling = clock() - noise_done
         total += Throughput(len(indices_B), sampling - in_map, in_map, noise_done - begun)

@@ -1,7 +1,8 @@
 """The trajectory data set on disk: shards of (class, token ids), and a manifest that is written last.
 
 The noise is not stored: it is a function of (seed, sample index), see :mod:`ddops.sampling.noise`.
-A shard is a safetensors file with ``labels`` (n,) and ``ids`` (n, L), both uint16. Its header says the settings it was
+A shard is a safetensors file with ``labels`` (n,) and ``ids`` (n, L), both uint16 (labels uint32 where they are more
+captions than that). Its header says the settings it was
 made with, the index of its first sample, and a seal, the hash of all of that. The same settings give the same bytes.
 """
 
@@ -23,6 +24,8 @@ from ddops.files import atomic_path, sha256_file, sha256_json, write_json
 FORMAT_VERSION = 2
 HEADER = "ddops.trajectories"
 MANIFEST = "manifest.json"
+
+Labels = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 class DatasetError(ValueError):
@@ -55,7 +58,7 @@ def plan_shards(count: int, shard_size: int) -> list[ShardPlan]:
 class Shard(NamedTuple):
     """What a shard holds, and says of itself."""
 
-    labels_N: NDArray[np.uint16]
+    labels_N: Labels
     ids_NL: NDArray[np.uint16]
     first: int
     settings: dict[str, Any]
@@ -67,9 +70,7 @@ class Shard(NamedTuple):
         return self.seal == _seal(self.settings, self.first, self.labels_N, self.ids_NL)
 
 
-def write_shard(
-    path: Path, labels_N: NDArray[np.uint16], ids_NL: NDArray[np.uint16], first: int, settings: dict[str, Any]
-) -> None:
+def write_shard(path: Path, labels_N: Labels, ids_NL: NDArray[np.uint16], first: int, settings: dict[str, Any]) -> None:
     """Write one shard atomically."""
     seal = _seal(settings, first, labels_N, ids_NL)
     header = json.dumps({"first": first, "seal": seal, "settings": settings}, sort_keys=True)
@@ -129,7 +130,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "")
     return "; ".join(filter(None, parts))
 
 
-def _seal(settings: dict[str, Any], first: int, labels_N: NDArray[np.uint16], ids_NL: NDArray[np.uint16]) -> str:
+def _seal(settings: dict[str, Any], first: int, labels_N: Labels, ids_NL: NDArray[np.uint16]) -> str:
     head = json.dumps([settings, first], sort_keys=True).encode()
     return hashlib.sha256(head + labels_N.tobytes() + ids_NL.tobytes()).hexdigest()
 

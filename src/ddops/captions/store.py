@@ -1,0 +1,144 @@
+"""A prompt set on disk: the encoded captions in shards, the prompts, and a manifest that is written last.
+
+A shard is a safetensors file with the ``features`` (tokens, W) of its captions, one after the other and without
+padding, and their ``lengths`` (n,). Its header names the settings that it was made with. Captions are padded on the
+left, as the released model was trained, when they are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ddops.captions.errors import CaptionError
+from ddops.files import atomic_path, sha256_file, write_json, write_text
+from ddops.models.conditions import Captions
+
+FORMAT_VERSION: Final = 1
+MANIFEST: Final = "manifest.json"
+PROMPTS: Final = "prompts.txt"
+_HEADER: Final = "ddops.captions"
+
+
+class CaptionSet:
+    """The captions of a prompt set, by number (a :class:`~ddops.models.conditions.CaptionTable`). The shards are mapped
+    into memory, and read where they are needed.
+
+    Raises:
+        CaptionError: there is no manifest, or a file is missing or altered.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        manifest = read_manifest(directory)
+        self.length: int = manifest["settings"]["length"]
+        self.width: int = manifest["width"]
+        self.manifest = directory / MANIFEST
+        for entry in [*manifest["shards"], {"name": PROMPTS, "sha256": manifest["prompts_sha256"]}]:
+            path = directory / entry["name"]
+            if not path.is_file() or sha256_file(path) != entry["sha256"]:
+                raise CaptionError(f"{path}: missing or altered since the manifest was written; run the stage captions")
+        shards = [_read(directory / entry["name"]) for entry in manifest["shards"]]
+        self._features = [features_NW for features_NW, _ in shards]
+        self._lengths_N = torch.cat([lengths_N for _, lengths_N in shards])
+        self._starts_N = torch.cat([lengths_N.cumsum(0) - lengths_N for _, lengths_N in shards])
+        self._firsts_S = torch.tensor([entry["first"] for entry in manifest["shards"]])
+        self.prompts = (directory / PROMPTS).read_text(encoding="utf-8").splitlines()
+        self.classes: list[int] | None = manifest["classes"]
+        """Class of every caption, for images that have classes."""
+        self.of_images: list[int] | None = manifest["of_images"]
+        """Number of every image's caption, for images that are at hand."""
+
+    def __len__(self) -> int:
+        return len(self._lengths_N)
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> CaptionSet:
+        """Itself: copies of a model share it."""
+        return self
+
+    def captions(self, numbers_B: Tensor) -> Captions:
+        """See :meth:`CaptionTable.captions`; raises IndexError for a number that is none."""
+        lengths_B = self._lengths_N[numbers_B]
+        offsets_BT = torch.arange(self.length) - (self.length - lengths_B)[:, None]
+        mask_BT = offsets_BT >= 0
+        rows_BT = self._starts_N[numbers_B][:, None] + offsets_BT.clamp_min(0)
+        features_BTW = torch.zeros(len(numbers_B), self.length, self.width)
+        shards_B = torch.searchsorted(self._firsts_S, numbers_B, right=True) - 1
+        for shard in shards_B.unique().tolist():
+            here = shards_B == shard
+            features_BTW[here] = self._features[shard][rows_BT[here]].float() * mask_BT[here][..., None]
+        return Captions(features_BTW, mask_BT)
+
+
+def write_shard(path: Path, features: Sequence[Tensor], dtype: torch.dtype, fingerprint: str, first: int) -> None:
+    """Write the captions ``first...`` atomically, each (n, W)."""
+    lengths_N = torch.tensor([len(features_nW) for features_nW in features], dtype=torch.int32)
+    header = json.dumps({"fingerprint": fingerprint, "first": first}, sort_keys=True)
+    with atomic_path(path) as temporary:
+        save_file({"features": torch.cat(list(features)).to(dtype), "lengths": lengths_N}, temporary, {_HEADER: header})
+
+
+def is_shard(path: Path, fingerprint: str, first: int, count: int) -> bool:
+    """Whether a file is the shard of these captions, made with these settings."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_HEADER])
+            lengths_N = file.get_tensor("lengths")
+            tokens = file.get_slice("features").get_shape()[0]
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+        return False
+    same = header == {"fingerprint": fingerprint, "first": first}
+    return same and len(lengths_N) == count and tokens == int(lengths_N.sum())
+
+
+def write_manifest(
+    directory: Path,
+    settings: Mapping[str, Any],
+    prompts: Sequence[str],
+    firsts: Mapping[str, int],
+    facts: Mapping[str, Any],
+) -> None:
+    """Declare a prompt set complete; ``firsts`` are its shards and their first captions."""
+    write_text(directory / PROMPTS, "".join(f"{prompt}\n" for prompt in prompts))
+    features_NW, _ = _read(directory / next(iter(firsts)))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        "count": len(prompts),
+        "width": features_NW.shape[1],
+        "prompts_sha256": sha256_file(directory / PROMPTS),
+        **facts,
+        "shards": [
+            {"name": name, "first": first, "sha256": sha256_file(directory / name)} for name, first in firsts.items()
+        ],
+    }
+    write_json(directory / MANIFEST, manifest)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a complete prompt set.
+
+    Raises:
+        CaptionError: there is none (the stage did not finish), or it is damaged.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise CaptionError(f"{path}: format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
+        return manifest
+    except FileNotFoundError:
+        raise CaptionError(f"{path}: no such prompt set, or not finished; run the stage captions") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CaptionError(f"{path}: damaged ({error!r}); delete it and run the stage captions") from error
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("features"), file.get_tensor("lengths").long()
