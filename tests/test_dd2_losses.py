@@ -121,8 +121,11 @@ def test_denoising_towards_the_token_learns_the_posterior_mean(codes):
 def test_straight_through_codes_are_codes_with_the_gradient_of_the_expectation():
     logits_BLV, codebook_VC = random(B, L, V).requires_grad_(), random(V, C, seed=1)
     weight_BLC = random(B, L, C, seed=2)
-    q_BLC = straight_through_codes(logits_BLV, codebook_VC)
-    torch.testing.assert_close(q_BLC, F.embedding(logits_BLV.argmax(-1), codebook_VC))
+    ids_BL = logits_BLV.argmax(-1)
+    q_BLC = straight_through_codes(logits_BLV, ids_BL, codebook_VC)
+    torch.testing.assert_close(q_BLC, F.embedding(ids_BL, codebook_VC))
+    with torch.no_grad():
+        assert torch.equal(straight_through_codes(logits_BLV, ids_BL, codebook_VC), F.embedding(ids_BL, codebook_VC))
     (gradient,) = torch.autograd.grad((weight_BLC * q_BLC).sum(), logits_BLV)
     (expected,) = torch.autograd.grad((weight_BLC * (logits_BLV.softmax(-1) @ codebook_VC)).sum(), logits_BLV)
     torch.testing.assert_close(gradient, expected)

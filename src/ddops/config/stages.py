@@ -127,6 +127,8 @@ class PerceptualConfig:
     weight: NonNegativeFloat
     batch_size: PositiveInt
     """Images of a training batch that are decoded for the term; the decoder costs more than the student does."""
+    channels_last: bool = False
+    """Decoder and LPIPS network with their channels innermost, which convolutions of many channels are faster in."""
 
 
 @config

@@ -31,6 +31,8 @@ class TrainingConfig:
     """Steps between points of the curves."""
     checkpoint_every: PositiveInt
     """Steps between checkpoints: what a killed run loses at most."""
+    compile_blocks: bool = False
+    """Compile the transformer's blocks (torch.compile): minutes at the start, other rounding, less traffic."""
 
     def __post_init__(self) -> None:
         if self.final_learning_rate > self.learning_rate:

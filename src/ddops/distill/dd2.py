@@ -121,9 +121,10 @@ class DD2Objectives:
         noise_BLC = torch.randn(count, generator.layout.length, self.codebook_VC.shape[1])
         output = generator(noise_BLC, labels_B, torch.zeros_like(labels_B))
         if self.config.output == "codes":
-            q_BLC = straight_through_codes(output.logits_BLV, self.codebook_VC)
-        else:
-            q_BLC = output.embeddings_BLC
+            # The nearest code to a code is itself: nothing is searched.
+            ids_BL = output.logits_BLV.argmax(-1)
+            return Generated(labels_B, straight_through_codes(output.logits_BLV, ids_BL, self.codebook_VC), ids_BL)
+        q_BLC = output.embeddings_BLC
         return Generated(labels_B, q_BLC, nearest_code(q_BLC.detach(), self.codebook_VC))
 
     @torch.no_grad()
@@ -132,18 +133,22 @@ class DD2Objectives:
         labels_B, q_BLC, ids_BL = batch
         log_p_BLV = conditional_log_probs(self.teacher, labels_B, ids_BL, self.sampling)
         hidden_BLD = guidance.hidden(labels_B, ids_BL)
+        log_q_BLV = None if guidance.head is not None else guidance.log_probs(hidden_BLD)
         directions, teacher_means, gaps = [], [], []
         for _ in range(self.config.draws):
             t_BL = draw_times(q_BLC, self.config.times)
             x_BLC = diffuse(q_BLC, torch.randn_like(q_BLC), t_BL)
             teacher_mean_BLC = codebook_mean(x_BLC, t_BL, log_p_BLV, self.codebook_VC)
-            guidance_mean_BLC = guidance.mean(x_BLC, t_BL, hidden_BLD)
+            if log_q_BLV is None:
+                guidance_mean_BLC = guidance.mean(x_BLC, t_BL, hidden_BLD)
+            else:
+                guidance_mean_BLC = codebook_mean(x_BLC, t_BL, log_q_BLV, self.codebook_VC)
             directions.append(csd_direction(teacher_mean_BLC, guidance_mean_BLC, t_BL, self.config.weighting))
             teacher_means.append(teacher_mean_BLC)
             gaps.append((teacher_mean_BLC - guidance_mean_BLC).square().sum(-1).mean(0))
         direction_BLC = torch.stack(directions).mean(0)
         scale_B = gradient_scale(direction_BLC, q_BLC, torch.stack(teacher_means).mean(0), self.config.normalization)
-        kl = None if guidance.head is not None else token_divergence(guidance.log_probs(hidden_BLD), log_p_BLV)
+        kl = None if log_q_BLV is None else token_divergence(log_q_BLV, log_p_BLV)
         return Direction(direction_BLC, scale_B, torch.stack(gaps).mean(0), kl)
 
     def anchor(self, generator: Student, indices_B: Tensor, step: int) -> Tensor:

@@ -74,10 +74,14 @@ def gradient_scale(
     return 1 / magnitude_BLC.detach().abs().mean((1, 2)).clamp_min(SMALLEST)
 
 
-def straight_through_codes(logits_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
-    """Embedding of the likeliest code with the gradient of the expected embedding, (B, L, C).
+def straight_through_codes(logits_BLV: Tensor, ids_BL: Tensor, codebook_VC: Tensor) -> Tensor:
+    """Embeddings of the codes ``ids_BL`` with the gradient of the expected embedding, (B, L, C).
 
-    The output stays on the codebook, so teacher and guidance network condition on what was generated *(ours)*.
+    Given the likeliest codes the output stays on the codebook, so teacher and guidance network condition on what was
+    generated *(ours)*. Where no gradient is asked for, no expectation is computed.
     """
+    q_BLC = F.embedding(ids_BL, codebook_VC)
+    if not torch.is_grad_enabled():
+        return q_BLC
     expected_BLC = logits_BLV.softmax(-1) @ codebook_VC
-    return expected_BLC + (F.embedding(logits_BLV.argmax(-1), codebook_VC) - expected_BLC).detach()
+    return expected_BLC + (q_BLC - expected_BLC).detach()

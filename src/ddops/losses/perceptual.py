@@ -29,7 +29,7 @@ def classifier_distance(classifier: DigitsClassifier) -> PerceptualDistance:
     return distance
 
 
-def lpips_distance() -> PerceptualDistance:
+def lpips_distance(memory_format: torch.memory_format = torch.contiguous_format) -> PerceptualDistance:
     """LPIPS with its VGG-16 backbone.
 
     Raises:
@@ -47,6 +47,7 @@ def lpips_distance() -> PerceptualDistance:
             f"LPIPS (lpips_vgg) needs torchvision's VGG-16 weights, which could not be had ({error}). Download "
             f"https://download.pytorch.org/models/vgg16-397923af.pth elsewhere and copy it to {folder}"
         ) from error
+    network = network.to(memory_format=memory_format)
 
     def distance(a_BIHW: Tensor, b_BIHW: Tensor) -> Tensor:
         result: Tensor = network.to(a_BIHW.device)(a_BIHW, b_BIHW)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import cast
 
+import torch
 from torch import nn
 
 from ddops.captions.conditions import Conditions, open_conditions
@@ -48,6 +49,7 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
     judge_files = [require(paths.CLASSIFIER, "features")] if judged else []
     require(paths.TRAJECTORIES / MANIFEST, "trajectories")
     teacher = load_teacher(tokenizer_file, transformer_file).requires_grad_(False)
+    teacher.tokenizer.to(memory_format=memory_format(dd1))  # type: ignore[call-overload]
     dataset = TrajectoryDataset(paths.TRAJECTORIES, teacher.codebook_VC.shape[1])
 
     student = seeded(seed, lambda: build_student(model_config))
@@ -75,9 +77,14 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
     checkpoint.remove()
 
 
+def memory_format(config: TrainedDD1Config) -> torch.memory_format:
+    """How the weights of the networks of convolutions lie in memory."""
+    return torch.channels_last if config.perceptual.channels_last else torch.contiguous_format
+
+
 def _perceptual_distance(config: TrainedDD1Config) -> PerceptualDistance:
     if config.perceptual.network == "lpips_vgg":
-        return lpips_distance()
+        return lpips_distance(memory_format(config))
     return classifier_distance(load_classifier(paths.CLASSIFIER))
 
 

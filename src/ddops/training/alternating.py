@@ -24,6 +24,7 @@ from ddops.training.loop import (
     averaged,
     build_optimizers,
     check_finite,
+    compile_blocks,
     frozen_copy,
     progress_bar,
     seed_step,
@@ -108,6 +109,9 @@ def train_alternating(
         first_step = int(state["step"])
         log.info("%s: resuming at step %d of %d", description, first_step, config.steps)
 
+    if config.compile_blocks:
+        compile_blocks(generator)
+        compile_blocks(guidance)
     with replicas(config.processes, work=first_step < config.steps) as group:
         curves = Curves(curves_dir, state["history"] if state else None) if group.is_first else None
         bar = progress_bar(description, alignment + first_step, alignment + config.steps, shown=group.is_first)

@@ -73,6 +73,8 @@ def train(
     if first_step:
         log.info("%s: resuming at step %d of %d", description, first_step, config.steps)
 
+    if config.compile_blocks:
+        compile_blocks(model)
     with replicas(config.processes, work=first_step < config.steps, stay=stay) as group:
         curves = Curves(curves_dir, state["history"] if state else None) if group.is_first else None
         bar = progress_bar(description, first_step, config.steps, shown=group.is_first)
@@ -138,6 +140,15 @@ def build_optimizers(model: nn.Module, config: TrainingConfig | GuidanceConfig) 
         muon = torch.optim.Muon(inner.values(), weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.insert(0, muon)
     return optimizers
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile every transformer block of a model in place. All blocks are alike, so one is compiled and the others
+    reuse it; the parameters keep their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "blocks":
+            for block in module:
+                block.compile(backend=backend)
 
 
 def seed_step(seed: int, step: int, rank: int, size: int) -> None:

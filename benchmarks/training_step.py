@@ -1,0 +1,244 @@
+"""Time, memory and arithmetic of a training step of DD1 and DD2 beside the computed floor, and where the time goes.
+
+    python benchmarks/training_step.py --output benchmarks/results/training_step.json [--cases digits_dd1 ...]
+
+The digits cases are the preset's own; the published ones have its widths, tokens and codebook, fewer blocks, random
+weights and one sample, since a CPU takes minutes for a full step. The floor is the step's FLOPs (counted by torch)
+over the rate of a large float32 matrix product in the same process. Each case runs in a process of its own, so that its
+peak of resident memory is its own; settings of one case are timed in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddops.config.evaluation import DigitsFeaturesConfig
+from ddops.config.load import compose, validate
+from ddops.config.stages import Config, TrainedDD1Config
+from ddops.distill.dd1 import dd1_objective, perceptual_term
+from ddops.distill.dd2 import DD2Objectives
+from ddops.evaluation.judge import new_classifier
+from ddops.files import write_json
+from ddops.losses.perceptual import PerceptualDistance, classifier_distance
+from ddops.models.ar_diffusion import new_ar_diffusion
+from ddops.models.interface import Student, Teacher
+from ddops.models.registry import build_student, build_teacher
+from ddops.models.weights_dd2 import as_backbone
+from ddops.torchvision_compat import define_missing_operators
+from ddops.training.loop import build_optimizers, frozen_copy, update, update_ema
+from ddops.training.replicas import Replicas
+from ddops.trajectories.dataset import TrajectoryBatch
+
+CASES: dict[str, tuple[str, list[str], int, int]] = {
+    "digits_dd1": ("digits", [], 128, 5),
+    "digits_dd2": ("digits", [], 128, 3),
+    "var_d16_dd1": ("var_d16", ["teacher.model.depth=2"], 1, 2),
+    "llamagen_l_dd1": ("llamagen_l", ["teacher.model.depth=2"], 1, 2),
+    "var_d16_perceptual": ("var_d16", ["teacher.model.depth=1"], 1, 1),
+}
+"""Preset, overrides, samples a step and rounds."""
+ONE = Replicas(0, 1)
+Step = Callable[[], Any]
+
+
+class Fixed:
+    """The same random trajectories at every step."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.layout, self.codebook_VC, self.classes = teacher.layout, teacher.codebook_VC, teacher.num_conditions
+
+    def batch(self, indices_B: Tensor, step: int) -> TrajectoryBatch:
+        """As a reader's."""
+        generator = torch.Generator().manual_seed(0)
+        shape = len(indices_B), self.layout.length
+        return TrajectoryBatch(
+            torch.randint(self.classes, shape[:1], generator=generator),
+            torch.randn(*shape, self.codebook_VC.shape[1], generator=generator),
+            torch.randint(len(self.codebook_VC), shape, generator=generator),
+        )
+
+
+def no_distance(a_BIHW: Tensor, b_BIHW: Tensor) -> Tensor:
+    """Stands in for LPIPS where the perceptual term is measured by itself."""
+    return (a_BIHW - b_BIHW).square().mean((1, 2, 3))
+
+
+def random_lpips(memory_format: torch.memory_format) -> PerceptualDistance:
+    """LPIPS with random weights: the published ones need a download and cost the same."""
+    define_missing_operators()
+    import lpips
+
+    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False).eval()
+    network = network.to(memory_format=memory_format)
+    return lambda a_BIHW, b_BIHW: network(a_BIHW, b_BIHW).flatten()
+
+
+def dd1_step(config: Config, teacher: Teacher, batch: int, *, decode: bool) -> Step:
+    """Objective, backward pass, optimiser, EMA; without the decoder where ``decode`` is false."""
+    assert isinstance(config.dd1, TrainedDD1Config)
+    student = build_student(config.teacher.model)
+    student.init_from_teacher(teacher)
+    if not decode:
+        teacher.decode = lambda q_BLC: q_BLC[..., None]  # type: ignore[method-assign]
+    distance = no_distance
+    if decode:
+        assert isinstance(config.features, DigitsFeaturesConfig)
+        distance = classifier_distance(new_classifier(config.features))
+    objective = dd1_objective(teacher, Fixed(teacher), config.dd1, distance)
+    optimizers, ema = build_optimizers(student, config.dd1.training), frozen_copy(student)
+
+    def step() -> None:
+        values = objective(student, torch.arange(batch), 0)
+        update(student, optimizers, values["loss"], 1e-4, 1.0, ONE)
+        update_ema(ema, student, 0.9)
+
+    return step
+
+
+def dd2_steps(config: Config, teacher: Teacher, batch: int) -> dict[str, Step]:
+    """One update of each network."""
+    assert config.dd2.source == "train"
+    generator: Student = build_student(config.teacher.model)
+    generator.init_from_teacher(teacher)
+    guidance = new_ar_diffusion(as_backbone(teacher), None)
+    objectives = DD2Objectives(teacher, Fixed(teacher), config.dd2, config.sampling, config.dd1.start_positions)
+    optimizers = build_optimizers(generator, config.dd2.training)
+    guidance_optimizers = build_optimizers(guidance, config.dd2.guidance)
+
+    def guidance_step() -> None:
+        values = objectives.guidance(generator, guidance, batch)
+        update(guidance, guidance_optimizers, values["loss"], 1e-4, 1.0, ONE)
+
+    def generator_step() -> None:
+        values = objectives.generator(generator, guidance, torch.arange(batch), 0)
+        update(generator, optimizers, values["loss"], 1e-4, 1.0, ONE)
+
+    return {"guidance": guidance_step, "generator": generator_step}
+
+
+def perceptual_steps(teacher: Teacher) -> dict[str, Step]:
+    """Decoding a prediction and a target, LPIPS, and the gradient in the prediction, in three settings."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 1, teacher.layout.length, teacher.codebook_VC.shape[1]
+    predicted_BLC = torch.randn(shape, generator=generator).requires_grad_()
+    target_BLC = torch.randn(shape, generator=generator)
+
+    def step(memory_format: torch.memory_format, *, half: bool) -> None:
+        teacher.tokenizer.to(memory_format=memory_format)  # type: ignore[call-overload]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            term = perceptual_term(teacher, distances[memory_format], predicted_BLC, target_BLC).sum()
+        torch.autograd.grad(term, predicted_BLC)
+
+    formats = torch.contiguous_format, torch.channels_last
+    distances = {memory_format: random_lpips(memory_format) for memory_format in formats}
+    return {
+        "float32": lambda: step(torch.contiguous_format, half=False),
+        "float32, channels last": lambda: step(torch.channels_last, half=False),
+        "bfloat16, channels last": lambda: step(torch.channels_last, half=True),
+    }
+
+
+def matmul_rate(size: int = 1536) -> float:
+    """Operations a second of a float32 matrix product."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(4))
+
+
+def seconds(step: Step) -> float:
+    """Of one call."""
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun
+
+
+def measure(case: str, params: Path) -> dict[str, Any]:
+    """A case's settings, each with its times, floor and largest operators."""
+    preset, overrides, batch, rounds = CASES[case]
+    config = validate(compose(params, [f"preset={preset}", *overrides]), preset)
+    torch.manual_seed(0)
+    teacher = build_teacher(config.teacher.model).requires_grad_(False).eval()
+    rate = matmul_rate()
+    before = _peak()
+    if case.endswith("_perceptual"):
+        steps = perceptual_steps(teacher)
+    elif case.endswith("_dd2"):
+        steps = dd2_steps(config, teacher, batch)
+    else:
+        steps = {"step": dd1_step(config, teacher, batch, decode=preset == "digits")}
+    result: dict[str, Any] = {"preset": preset, "overrides": overrides, "batch": batch, "matmul_gflops": rate / 1e9}
+    flops = {}
+    for name, step in steps.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops[name] = float(counter.get_total_flops())
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+    for name in steps:
+        median = statistics.median(times[name])
+        result[name] = {
+            "seconds": {"median": median, "min": min(times[name]), "max": max(times[name])},
+            "gflop": flops[name] / 1e9,
+            "floor_seconds": flops[name] / rate,
+            "utilisation": flops[name] / rate / median,
+        }
+    result["peak_memory_gb"] = _peak() / 1e9
+    result["of_which_before_the_step_gb"] = before / 1e9
+    name, step = next(iter(steps.items()))
+    if batch > 1 or case.endswith("_dd1"):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            step()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        result["largest_shares"] = {event.key: round(event.self_cpu_time_total / total, 3) for event in events[:8]}
+    return result
+
+
+def _peak() -> float:
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--params", type=Path, default=Path("params"))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--one", choices=CASES, help="measure one case in this process and print it")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.params)))
+        return
+    result: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    result["command"] = " ".join(["python", *sys.argv])
+    result["date"] = datetime.now(UTC).date().isoformat()
+    result["machine"] = f"{platform.system()} {platform.machine()}, 1 thread, no GPU"
+    result["torch"] = torch.__version__
+    result["seed"] = 0
+    for case in arguments.cases:
+        command = [sys.executable, __file__, "--output", str(arguments.output), "--params", str(arguments.params)]
+        done = subprocess.run([*command, "--one", case], check=True, stdout=subprocess.PIPE, text=True)
+        result[case] = json.loads(done.stdout.splitlines()[-1])
+        print(case, json.dumps(result[case], indent=2), flush=True)
+        write_json(arguments.output, result)
+
+
+if __name__ == "__main__":
+    main()
