@@ -184,6 +184,10 @@ def measure(case: str, params: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"preset": preset, "overrides": overrides, "batch": batch, "matmul_gflops": rate / 1e9}
     flops = {}
     for name, step in steps.items():
+        if case.endswith("_perceptual") and flops:
+            # The same work in another layout or precision; a pass takes a minute.
+            flops[name] = next(iter(flops.values()))
+            continue
         with FlopCounterMode(display=False) as counter:
             step()
         flops[name] = float(counter.get_total_flops())
