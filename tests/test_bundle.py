@@ -328,7 +328,12 @@ def test_the_command_exports_a_workspace(tmp_path, capsys, student):
         target.parent.mkdir(parents=True)
         shutil.copy(sources / f"{source}.safetensors", target)
     (workspace / "artifacts/teacher/transformer.safetensors").write_bytes(b"not needed")
-    overrides = [*FAMILIES["llamagen"], "export.parity_count=4", f"export.student={student}"]
+    overrides = [
+        *FAMILIES["llamagen"],
+        "export.parity_count=4",
+        f"export.student={student}",
+        "export.max_fid_loss=null",
+    ]
     write_params(compose(PARAMS, overrides), workspace / "params.yaml")
     arguments = ["export", str(workspace), "--output", str(tmp_path / "out"), "--steps", "2", "--precision", "float16"]
     assert main([*arguments, "--target", "89"]) == 0
@@ -371,7 +376,12 @@ def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, t
         target = tmp_path / "artifacts" / f"{place}.safetensors"
         target.parent.mkdir(parents=True)
         shutil.copy(sources / f"{source}.safetensors", target)
-    overrides = [*FAMILIES["llamagen"], "export.parity_count=4", f"export.student={student}"]
+    overrides = [
+        *FAMILIES["llamagen"],
+        "export.parity_count=4",
+        f"export.student={student}",
+        "export.max_fid_loss=null",
+    ]
     write_params(compose(PARAMS, overrides), tmp_path / "params.yaml")
     (tmp_path / "reports").mkdir()
     gate, metrics = tmp_path / "reports/gate.json", tmp_path / "reports/metrics.json"

@@ -44,7 +44,7 @@ def repository(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git("config", "user.name", "Ada")
     git("config", "user.email", "ada@example.invalid")
     subprocess.run(["dvc", "init", "--quiet"], check=True)
-    monkeypatch.setattr("ddops.commands.exported.judge_exported", lambda config: {"fid": 3.1})
+    monkeypatch.setattr("ddops.stages.export_onnx.judge_exported", lambda evaluate, export: {"fid": 3.1})
     run_gate()
     export("first")
     commit()
@@ -133,7 +133,7 @@ def test_what_is_not_promoted(
     elif fault == "uncommitted":
         paths.PARAMS.write_text(paths.PARAMS.read_text() + "# a note\n")
     else:
-        monkeypatch.setattr("ddops.commands.exported.judge_exported", lambda config: {"fid": float("nan")})
+        monkeypatch.setattr("ddops.stages.export_onnx.judge_exported", lambda evaluate, export: {"fid": float("nan")})
     assert main(["promote", "--reason", "because"]) == 1
     assert message in capsys.readouterr().err
     assert not paths.PRODUCTION.exists()

@@ -140,9 +140,9 @@ def _judge_export(config: Config) -> dict[str, Any]:
     Raises:
         CommandError: an export rule fails.
     """
-    from ddops.commands.exported import judge_exported
+    from ddops.stages.export_onnx import judge_exported
 
-    figures = judge_exported(config)
+    figures = judge_exported(config.evaluate, config.export)
     metrics: dict[str, Any] = json.loads(paths.METRICS.read_text())
     known = {**metrics, "export": json.loads(paths.EXPORT_METRICS.read_text()), "exported": figures}
     verdicts = decide(known, config.gate.export_rules, row=config.export.row)

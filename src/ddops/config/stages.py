@@ -190,6 +190,9 @@ class ExportConfig:
     """In decibels, of the exported model's images against PyTorch's."""
     min_equal_tokens: Fraction
     """Share of the tokens decided by an argmax that must be PyTorch's."""
+    max_fid_loss: NonNegativeFloat | None
+    """Share by which the graph's FID may be worse than PyTorch's, from the noise and labels of the protocol's first
+    seed; null leaves it to the promotion, for protocols of tens of thousands of large images."""
     parity_count: PositiveInt
     parity_seed: NonNegativeInt
     license: Annotated[str, Field(min_length=1)]

@@ -1,26 +1,41 @@
-"""Stage ``export_onnx``: the accepted student as one ONNX graph in a bundle, compared with PyTorch before it counts."""
+"""Stage ``export_onnx``: the accepted student as one ONNX graph in a bundle, compared with PyTorch before it counts:
+image by image, and by the figures of the protocol.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from ddops.captions.conditions import open_conditions
 from ddops.config.dd2 import DD2Config
+from ddops.config.evaluation import EvaluateConfig
 from ddops.config.stages import DD1Config, ExportConfig
+from ddops.evaluation.drawing import Indices, Request, draw_batches, sample_noise
+from ddops.evaluation.protocols import open_protocol
+from ddops.evaluation.ruler import Ruler, open_ruler
+from ddops.evaluation.samples import open_samples
 from ddops.export.bundle import find_sources, write_bundle
 from ddops.export.errors import ExportError
-from ddops.export.manifest import MODEL
+from ddops.export.manifest import MANIFEST, MODEL
 from ddops.export.provenance import provenance
+from ddops.export.session import open_session, run_session
 from ddops.files import write_json
+from ddops.models.weights_dd2 import load_generator
 from ddops.stages import paths
 from ddops.stages.common import StageError, require, run_stage
+from ddops.stages.statistics import statistics_file
 
 
-def export(preset: str, dd1: DD1Config, dd2: DD2Config, export: ExportConfig) -> None:
-    """Write ``artifacts/onnx`` and the parity figures.
+def export(preset: str, dd1: DD1Config, dd2: DD2Config, evaluate: EvaluateConfig, export: ExportConfig) -> None:
+    """Write ``artifacts/onnx`` and ``reports/export.json``: parity, and what the export cost of the protocol's FID.
 
     Raises:
-        StageError: the gate refused the model, or the graph differs from PyTorch.
+        StageError: the gate refused the model, the graph differs from PyTorch, or its FID is worse by too much.
     """
     gate = json.loads(require(paths.GATE_DECISION, "gate").read_text())
     if not gate["passed"]:
@@ -39,10 +54,48 @@ def export(preset: str, dd1: DD1Config, dd2: DD2Config, export: ExportConfig) ->
     except ExportError as error:
         raise StageError(str(error)) from error
     size = sum(file.stat().st_size for file in paths.ONNX_BUNDLE.glob(f"{MODEL}*"))
-    write_json(
-        paths.EXPORT_METRICS,
-        {"parity": asdict(parity), "precision": export.precision, "bytes": size, "steps": export.steps},
-    )
+    report = {"parity": asdict(parity), "precision": export.precision, "bytes": size, "steps": export.steps}
+    if export.max_fid_loss is not None:
+        report |= _compared(evaluate, export, export.max_fid_loss)
+    write_json(paths.EXPORT_METRICS, report)
+
+
+def judge_exported(evaluate: EvaluateConfig, export: ExportConfig) -> dict[str, float]:
+    """Every figure of the ONNX graph at the protocol's first seed, with the noise and labels of the student's row."""
+    student = load_generator(paths.TOKENIZER, paths.STUDENTS[export.student])
+    session = open_session(paths.ONNX_BUNDLE / MODEL)
+    code_dim = session.get_inputs()[0].shape[-1]
+
+    def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
+        noise_BLC = sample_noise(seed, indices_B, student, code_dim)
+        return torch.from_numpy(run_session(session, noise_BLC.numpy(), labels_B.numpy()))
+
+    protocol, seed = open_protocol(evaluate), evaluate.seeds[0]
+    conditions = open_conditions(paths.EVALUATE_CAPTIONS, student)
+    labels_N = protocol.labels(seed, conditions)
+    request = Request(labels_N, evaluate.batch_size)
+    batches = draw_batches(draw, request, seed, "exported", protocol.image_size)
+    return _ruler(evaluate).figures(batches, conditions.classes_K[labels_N])
+
+
+def _compared(evaluate: EvaluateConfig, export: ExportConfig, most: float) -> dict[str, Any]:
+    """The graph's figures, those of PyTorch's samples of the same noise and labels, and the FID that was lost."""
+    samples = open_samples(require(paths.SAMPLES / export.row / f"seed{evaluate.seeds[0]}.npz", "sample"))
+    before = _ruler(evaluate).figures(samples.batches(evaluate.batch_size), samples.labels_N)
+    after = judge_exported(evaluate, export)
+    loss = after["fid"] - before["fid"]
+    if not loss <= most * before["fid"]:
+        # It is not what was judged, so nobody may take it for that.
+        (paths.ONNX_BUNDLE / MANIFEST).unlink()
+        raise StageError(
+            f"the exported graph draws worse: FID {after['fid']:.4g}, PyTorch {before['fid']:.4g} from the same noise; "
+            f"export.max_fid_loss allows {most:.1%} more"
+        )
+    return {"exported": after, "pytorch": before, "fid_loss": loss}
+
+
+def _ruler(evaluate: EvaluateConfig) -> Ruler:
+    return open_ruler(evaluate, require(paths.CLASSIFIER, "features"), statistics_file(evaluate))
 
 
 if __name__ == "__main__":
