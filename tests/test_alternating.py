@@ -134,7 +134,7 @@ def test_what_the_watch_raises_stops_the_run_and_leaves_the_checkpoint(tmp_path,
     class Alarm(Exception):
         pass
 
-    def watch(model):
+    def watch(model, step):
         raise Alarm
 
     with pytest.raises(Alarm):

@@ -72,7 +72,7 @@ ONLY_HERE = {
 
 MAX_LINES = 400
 
-HELPERS = ("common", "checkpoints", "launch", "paths", "statistics", "fid_curve")
+HELPERS = ("common", "checkpoints", "launch", "paths", "statistics", "dd2_watch", "fid_curve")
 """Modules among the stages that are none."""
 
 
@@ -224,7 +224,7 @@ NO_REASON_TO_RUN_AGAIN = (
     "evaluation/device.py",
 )
 """Code that changes no result: what configurations hold is among a stage's params, the rest is errors and files."""
-PLUMBING = tuple(f"stages/{name}.py" for name in HELPERS if name != "fid_curve")
+PLUMBING = tuple(f"stages/{name}.py" for name in HELPERS if name not in ("dd2_watch", "fid_curve"))
 
 
 def module_file(name):

@@ -105,6 +105,8 @@ def settings(output, guidance, steps, updates, rate):
         weighting="mean",
         normalization="none",
         anchor_weight=0.0,
+        refine_start=0.5,
+        min_recall=0.0,
         min_diversity=0.0,
         evaluate_every=steps,
         evaluate_count=1,

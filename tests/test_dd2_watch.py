@@ -29,9 +29,13 @@ def test_spread_is_around_the_mean_of_each_class():
 
 
 def test_a_generator_without_variety_stops_the_stage():
-    check_diversity(0.71, 0.7)
+    config = tiny("llamagen", "dd2.min_diversity=0.7", "dd2.min_recall=0.5").dd2
+    check_diversity(0.71, 0.51, config)
+    check_diversity(0.71, None, config)
     with pytest.raises(Collapsed, match=r"spread 69% as far as the teacher.s .dd2.min_diversity: 70%"):
-        check_diversity(0.69, 0.7)
+        check_diversity(0.69, 0.51, config)
+    with pytest.raises(Collapsed, match=r"recall of the real images is 49% .dd2.min_recall: 50%"):
+        check_diversity(0.71, 0.49, config)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,8 @@ def test_a_generator_without_variety_stops_the_stage():
         (["dd2.start=ar_diffusion"], "dd2.anchor_weight must be 0 where start is ar_diffusion"),
         (["dd2.times.min=0.99"], "dd2.times.min 0.99 must be less than max"),
         (["ar_diffusion=none", "dd2.guidance.start=ar_diffusion"], "ar_diffusion.source: none, but dd2 starts from"),
+        (["ar_diffusion=none", "evaluate.rows=[dd2_1step,dd2_refine_1]"], "dd2_refine_1 needs DD2's generator and AR"),
+        (["ar_diffusion=none", "evaluate.rows=[dd2_1step,ar_diffusion]"], "ar_diffusion needs an AR-diffusion model"),
         (["dd2=none", "export.student=dd2"], "export.student: dd2, but dd2.source is none"),
         (["dd2.training.processes=3", "dd2.training.batch_size=3"], "dd2.guidance.batch_size .* of the 3 processes"),
     ],

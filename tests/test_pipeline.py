@@ -125,8 +125,8 @@ def test_one_command_leads_from_images_to_an_exported_generator(finished):
     assert set(ROWS) - {"data"} <= set(metrics)
     report = (workspace / paths.REPORT).read_text()
     assert f"{metrics['dd1_1step']['fid']:.2f}" in report
-    # Beside the grids, the interpolations of the students' four rows.
-    assert report.count("data:image/png;base64,") == len(ROWS) + 4
+    # Beside the grids, the interpolations of the students' four rows, and DD2's one picture while it trained.
+    assert report.count("data:image/png;base64,") == len(ROWS) + 5
     assert f"{metrics['dd1_1step']['fid']:.2f}" in (workspace / paths.MODEL_CARD).read_text()
     for row in ROWS:
         assert Image.open(workspace / paths.GRIDS / f"{row}.png").width > 100

@@ -77,12 +77,16 @@ def configure(*overrides: str) -> Config:
     return load_config()
 
 
+def run_sample(config: Config) -> None:
+    sample.sample(config.sampling, config.trajectories, config.dd1, config.ar_diffusion, config.dd2, config.evaluate)
+
+
 def run_to_metrics(config: Config) -> dict:
     features.features(config.seed, config.features)
     teacher.teacher(config.seed, config.teacher)
     trajectories.trajectories(config.seed, config.teacher, config.trajectories)
     distill_dd1.distill_dd1(config.seed, config.features, config.dd1)
-    sample.sample(config.sampling, config.trajectories, config.dd1, config.dd2, config.evaluate)
+    run_sample(config)
     evaluate.evaluate(config.evaluate)
     return json.loads(paths.METRICS.read_text())
 
@@ -159,7 +163,7 @@ def test_without_a_network_it_is_said_what_to_put_where(
     config = validate(compose("params", ["preset=tiny_var"]), "here")
     run = {
         "features": lambda: features.features(config.seed, config.features),
-        "sample": lambda: sample.sample(config.sampling, config.trajectories, config.dd1, config.dd2, config.evaluate),
+        "sample": lambda: run_sample(config),
     }[stage]
     with pytest.raises(DownloadError) as error:
         run()

@@ -82,6 +82,7 @@ def page(tmp_path, template="report.html", **changes):
         ],
         "export": EXPORT,
         "exported": "DD1 student, 1 step",
+        "progress": [("DD2 after 20 updates", embed_png(tmp_path / "grid.png"))],
         "interpolations": [("DD1 student, 1 step", embed_png(tmp_path / "grid.png"))],
         "provenance": {"platform": "Linux", "sha256 of the teacher": "cd34" * 16},
     }
@@ -143,7 +144,8 @@ def test_the_page_holds_the_figures(tmp_path):
     assert "2.34 MB, 1 step(s)" in words
     assert "3.5e-06" in words
     assert text.count("<svg") == 2
-    assert text.count("data:image/png;base64,") == 2
+    assert text.count("data:image/png;base64,") == 3
+    assert "DD2 after 20 updates" in words
 
 
 def test_a_refused_model_has_a_page_too(tmp_path):

@@ -8,11 +8,15 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
+from ddops.config.models import HeadConfig
 from ddops.data import digits
 from ddops.evaluation.drawing import Request, dd1_draw, draw_all, sample_noise
 from ddops.evaluation.images import to_uint8
 from ddops.evaluation.rows import Models, build_row, reconstruct
-from ddops.models.interface import StudentOutput
+from ddops.models.ar_diffusion import new_ar_diffusion
+from ddops.models.interface import Student, StudentOutput
+from ddops.models.weights_dd2 import as_backbone
+from ddops.sampling.ar_diffusion import refine
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
 from ddops.sampling.teacher import flow_picker, sample_teacher
@@ -29,12 +33,30 @@ def tokens_of(teacher):
     return torch.randint(len(teacher.codebook_VC), (40, teacher.layout.length), generator=generator), labels_N
 
 
+def ar_diffusion_of(family):
+    """With a head, whose weights matter."""
+    torch.manual_seed(2)
+    model = new_ar_diffusion(as_backbone(untrained(family)[0]), HeadConfig(width=16, blocks=1))
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.6)
+    return model.eval()
+
+
 def row_of(name, family, tokens=None):
     """A row with the untrained models of a family."""
     config = tiny(family, STEPS, "trajectories.tolerance=0.01")
     teacher, student = untrained(family)
     models = Models(
-        teacher, student, config.sampling, config.trajectories, config.dd1, Path("nowhere"), config.dd2, student
+        teacher,
+        student,
+        config.sampling,
+        config.trajectories,
+        config.dd1,
+        Path("nowhere"),
+        config.dd2,
+        student,
+        ar_diffusion_of(family),
+        evaluations=4,
     )
     # A cached property: what is put there is not read from the disk.
     models.__dict__["drawn_tokens"] = tokens or tokens_of(teacher)
@@ -48,7 +70,7 @@ def sampler(name, family, tokens=None):
 
 
 ROWS = ["teacher", "teacher_flow", "dd1_1step", "dd1_2step", "teacher_involved_1_3", "teacher_involved_2_3", "skip_1"]
-ROWS += ["onestep_class", "dd2_1step", "dd2_2step"]
+ROWS += ["onestep_class", "dd2_1step", "dd2_2step", "dd2_refine_1", "ar_diffusion"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +129,7 @@ def test_the_students_rows_are_its_few_step_samples_of_the_shared_noise(family, 
     assert torch.equal(sampler(f"dd1_{steps}step", family)(LABELS, 8, 7), expected)
 
 
-class Oracle(torch.nn.Module):
+class Oracle(Student):
     """A student that answers with given ids, as logits and as embeddings."""
 
     def __init__(self, teacher, ids_BL):
@@ -117,6 +139,32 @@ class Oracle(torch.nn.Module):
     def forward(self, x_BLC, labels_B, start_B, logits_at=slice(None)):
         logits_BLV = F.one_hot(self.ids_BL[:, logits_at], len(self.codebook_VC)).float()
         return StudentOutput(logits_BLV, F.embedding(self.ids_BL, self.codebook_VC))
+
+    @property
+    def num_conditions(self):
+        return 10
+
+    def init_from_teacher(self, teacher):
+        raise NotImplementedError("it knows the answers already")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refined_rows_refine_the_one_step_sample_each_time_with_noise_of_its_own(family):
+    row = row_of("dd2_refine_2", family)
+    config, (teacher, student) = tiny(family, STEPS).dd2, untrained(family)
+    shape = (teacher.layout.length, teacher.codebook_VC.shape[1])
+    noise = normals(7, Stream.SAMPLE_NOISE, np.arange(8), shape)
+    with torch.inference_mode():
+        prefix = config.logit_prefix(teacher.layout.num_levels)
+        q = sample_student(student, teacher.codebook_VC, noise, LABELS, (0,), prefix)
+        for fresh in normals(7, Stream.REFINEMENT, np.arange(8), (2, *shape)).unbind(1):
+            model = ar_diffusion_of(family)
+            q = refine(model, q, fresh, LABELS, start=config.refine_start, evaluations=4)
+        expected = to_uint8(teacher.decode(q))
+    assert torch.equal(draw_all(row.draw, Request(LABELS, 8), 7, "refined"), expected)
+    assert row.passes == 3
+    once = draw_all(row_of("dd2_refine_1", family).draw, Request(LABELS, 8), 7, "refined")
+    assert not torch.equal(once, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

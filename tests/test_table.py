@@ -24,7 +24,11 @@ def test_other_teachers_have_rows_at_the_same_fractions():
     ]
     assert not [row for row in rows if "onestep" in row], "without trajectories there are no marginals"
     assert all_rows((1, 4), (0, 1), trajectories=True)[2:4] == ["teacher_involved_1_2", "dd1_2step"]
-    for row in rows:
+    with_dd2 = all_rows((1,) * 16, (0, 7), trajectories=False, dd2=True)
+    assert [row for row in with_dd2 if row not in rows] == [
+        *("dd2_2step", "dd2_1step", "dd2_refine_1", "dd2_refine_2", "ar_diffusion"),
+    ]
+    for row in with_dd2:
         parse_row(row)
 
 

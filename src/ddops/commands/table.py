@@ -117,34 +117,37 @@ def _names(asked: str, config: Config) -> list[str]:
     """The rows, checked against the models as those of the pipeline are."""
     sizes, starts = config.teacher.model.level_sizes, config.dd1.start_positions
     if asked == "all":
-        return all_rows(sizes, starts, trajectories=config.trajectories.count > 0)
+        dd2 = config.dd2.source == "train" and config.ar_diffusion.source == "train"
+        return all_rows(sizes, starts, trajectories=config.trajectories.count > 0, dd2=dd2)
     import yaml
 
     names = [name.strip() for name in asked.split(",")]
     values = yaml.safe_load(paths.PARAMS.read_text())
-    values["evaluate"]["rows"] = list(dict.fromkeys([f"dd1_{config.export.steps}step", *names]))
+    values["evaluate"]["rows"] = list(dict.fromkeys([config.export.row, *names]))
     validate(values, "--rows")
     return names
 
 
 def _open(config: Config) -> tuple[Ruler, Models, dict[str, str]]:
     from ddops.captions.conditions import open_conditions
-    from ddops.evaluation.device import accelerator
-    from ddops.evaluation.rows import Models
+    from ddops.evaluation.rows import open_models
     from ddops.evaluation.ruler import open_ruler
     from ddops.files import sha256_file
-    from ddops.models.weights import load_student, load_teacher
     from ddops.stages.statistics import statistics_file
 
     files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, "dd1": paths.DD1_STUDENT}
+    if config.dd2.source == "train":
+        files["dd2"] = paths.DD2_GENERATOR
+    if config.ar_diffusion.source == "train":
+        files["ar_diffusion"] = paths.AR_DIFFUSION
     for path in (*files.values(), paths.CLASSIFIER):
         if not path.exists():
             raise CommandError(f"{path}: missing; run dvc repro evaluate first")
-    teacher = load_teacher(files["tokenizer"], files["teacher"]).to(accelerator())
-    student = load_student(files["dd1"]).to(accelerator())
-    open_conditions(paths.EVALUATE_CAPTIONS, teacher, student)
     ruler = open_ruler(config.evaluate, paths.CLASSIFIER, statistics_file(config.evaluate))
-    models = Models(teacher, student, config.sampling, config.trajectories, config.dd1, paths.TRAJECTORIES)
+    models = open_models(
+        files, config.sampling, config.trajectories, config.dd1, config.ar_diffusion, config.dd2, paths.TRAJECTORIES
+    )
+    open_conditions(paths.EVALUATE_CAPTIONS, models.teacher, *models.students)
     return ruler, models, {name: sha256_file(path) for name, path in files.items()}
 
 

@@ -103,8 +103,12 @@ class TrainedDD2Config:
     anchor_weight: NonNegativeFloat
     """Weight of DD1's cross-entropy on the trajectories beside the distillation loss *(ours)*; 0 is the paper's.
     Needs the logits of a generator that starts from DD1 or the teacher."""
+    refine_start: Annotated[float, Field(ge=0, lt=1)]
+    """How far refining returns a sample to noise before it is denoised again: 0 all the way, 1 not at all."""
     min_diversity: Fraction
-    """The stage stops when the generator's tokens have less than this share of the trajectories' entropy."""
+    """The stage stops when a class's samples spread less than this share of what the trajectories do."""
+    min_recall: Fraction
+    """Or when the samples' recall of the real images is less than this, where the preset has real images."""
     evaluate_every: PositiveInt
     evaluate_count: PositiveInt
     training: TrainingConfig

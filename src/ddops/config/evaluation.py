@@ -21,6 +21,8 @@ ROW_PATTERNS: Final = {
     "teacher_flow": r"teacher_flow",
     "dd1": r"dd1_([1-9]\d*)step",
     "dd2": r"dd2_([1-9]\d*)step",
+    "dd2_refine": r"dd2_refine_([1-9]\d*)",
+    "ar_diffusion": r"ar_diffusion",
     "teacher_involved": r"teacher_involved_([1-9]\d*)_([1-9]\d*)",
     "skip": r"skip_([1-9]\d*)",
     "onestep_class": r"onestep_class",
@@ -28,6 +30,10 @@ ROW_PATTERNS: Final = {
 }
 """Kinds of rows and how their names are written; a group is a number that the row is told. ``evaluation/rows.py`` draws
 them. (``reconstruction`` is no choice: it is there wherever the protocol has real images.)"""
+
+
+AR_DIFFUSION_ROWS: Final = ("dd2_refine", "ar_diffusion")
+"""Kinds that need the AR-diffusion model."""
 
 
 def parse_row(name: str) -> tuple[str, tuple[int, ...]]:

@@ -306,6 +306,10 @@ class Config:
         kind, numbers = parse_row(name)
         if kind == "dd2" and self.dd2.source == "none":
             raise ValueError(f"evaluate.rows: {name} needs a DD2 generator, and dd2.source is none")
+        if kind == "dd2_refine" and "none" in (self.dd2.source, self.ar_diffusion.source):
+            raise ValueError(f"evaluate.rows: {name} needs DD2's generator and AR-diffusion model, and one is none")
+        if kind == "ar_diffusion" and self.ar_diffusion.source == "none":
+            raise ValueError(f"evaluate.rows: {name} needs an AR-diffusion model, and ar_diffusion.source is none")
         if kind in ("dd1", "dd2") and numbers[0] > len(starts):
             raise ValueError(f"evaluate.rows: {name} needs {numbers[0]} dd1.start_positions, which are {starts}")
         if kind == "skip" and numbers[0] >= levels:

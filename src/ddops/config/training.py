@@ -33,6 +33,8 @@ class TrainingConfig:
     """Steps between checkpoints: what a killed run loses at most."""
     compile_blocks: bool = False
     """Compile the transformer's blocks (torch.compile): minutes at the start, other rounding, less traffic."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the networks' products; weights, optimiser, EMA, losses and closed forms are in float32 either way."""
 
     def __post_init__(self) -> None:
         if self.final_learning_rate > self.learning_rate:

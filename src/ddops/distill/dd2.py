@@ -36,7 +36,7 @@ from ddops.training.errors import Collapsed
 from ddops.trajectories.reader import BatchSource
 
 CURVE_LEVELS = 8
-"""Levels, spread evenly, whose score gap is worth a curve of its own."""
+"""Levels, spread evenly, that have curves of their own: of the score gap, and of the gradient."""
 LEAST_LOG_PROB = -20.0
 """Stands for minus infinity in a curve."""
 
@@ -107,7 +107,13 @@ class DD2Objectives:
         batch = self.generate(student, len(indices_B))
         move = self.direction(batch, cast(ARDiffusion, guidance))
         distillation = csd_loss(batch.q_BLC, move.direction_BLC, move.scale_B).mean()
-        values = {"csd": distillation, "score_gap": move.gap_L.mean(), **self._gap_curves(move.gap_L)}
+        norms_L = (move.direction_BLC * move.scale_B[:, None, None]).norm(dim=-1).mean(0)
+        values = {
+            "csd": distillation,
+            "score_gap": move.gap_L.mean(),
+            **self._level_curves("score_gap", move.gap_L),
+            **self._level_curves("csd_gradient", norms_L),
+        }
         if move.kl is not None:
             values["kl"] = move.kl
         if not self.config.anchor_weight:
@@ -159,11 +165,12 @@ class DD2Objectives:
         logits_BLV = generator(x_BLC, labels_B, start_B).logits_BLV
         return cross_entropy(logits_BLV, ids_BL, ~generator.layout.given_mask(start_B)).mean()
 
-    def _gap_curves(self, gap_L: Tensor) -> dict[str, Tensor]:
+    def _level_curves(self, name: str, values_L: Tensor) -> dict[str, Tensor]:
+        """A mean a level. (The gradient of the distillation loss in a token is what moves it, over minus L.)"""
         layout = self.teacher.layout
         count = min(CURVE_LEVELS, layout.num_levels)
         levels = {round(index * (layout.num_levels - 1) / max(1, count - 1)) for index in range(count)}
-        return {f"score_gap_level{level}": gap_L[layout.positions(level)].mean() for level in sorted(levels)}
+        return {f"{name}_level{level}": values_L[layout.positions(level)].mean() for level in sorted(levels)}
 
 
 def token_divergence(log_q_BLV: Tensor, log_p_BLV: Tensor) -> Tensor:
@@ -180,13 +187,21 @@ def within_class_spread(q_NLC: Tensor, labels_N: Tensor) -> float:
     return float(squares / len(q_NLC))
 
 
-def check_diversity(diversity: float, minimum: float) -> None:
+def check_diversity(diversity: float, recall: float | None, config: TrainedDD2Config) -> None:
     """Raises:
-    Collapsed: the diversity, as a share of the teacher's, is below ``minimum``.
+    Collapsed: the samples' spread, as a share of the teacher's, or their recall of the real images (None where no
+        real images are at hand) is below what ``config`` asks for.
     """
-    if diversity < minimum:
+    found = []
+    if diversity < config.min_diversity:
+        found.append(
+            f"samples of a class spread {diversity:.0%} as far as the teacher's "
+            f"(dd2.min_diversity: {config.min_diversity:.0%})"
+        )
+    if recall is not None and recall < config.min_recall:
+        found.append(f"their recall of the real images is {recall:.0%} (dd2.min_recall: {config.min_recall:.0%})")
+    if found:
         raise Collapsed(
-            f"dd2: the generator is collapsing: samples of a class spread {diversity:.0%} as far as the teacher's "
-            f"(dd2.min_diversity: {minimum:.0%}). Lower dd2.training.learning_rate, or raise dd2.guidance.updates or "
-            "dd2.anchor_weight"
+            f"dd2: the generator is collapsing: {', and '.join(found)}. Lower dd2.training.learning_rate, or raise "
+            "dd2.guidance.updates or dd2.anchor_weight"
         )

@@ -64,8 +64,10 @@ def paper_figure(figures: Mapping[str, Mapping[str, float]], preset: str, protoc
     return figures.get(preset.removeprefix("released_dd1_"), {}).get(row)
 
 
-def all_rows(level_sizes: Sequence[int], start_positions: Sequence[int], *, trajectories: bool) -> list[str]:
-    """Every row of DD1's tables for a teacher of these levels: the papers' own for VAR and LlamaGen, and for others
+def all_rows(
+    level_sizes: Sequence[int], start_positions: Sequence[int], *, trajectories: bool, dd2: bool = False
+) -> list[str]:
+    """Every row of the papers' tables for a teacher of these levels: their own for VAR and LlamaGen, and for others
     those at the same fractions of the levels."""
     levels, last = len(level_sizes), start_positions[-1] + 1
     involved = sorted({1 + math.ceil(share * (last - 1)) for share in (0, 0.5, 0.75)}) if last > 1 else []
@@ -75,6 +77,8 @@ def all_rows(level_sizes: Sequence[int], start_positions: Sequence[int], *, traj
         *("teacher", "teacher_flow"),
         *(f"teacher_involved_{first}_{last}" for first in involved if first < last),
         *(f"dd1_{steps}step" for steps in range(len(start_positions), 0, -1)),
+        *((f"dd2_{steps}step" for steps in range(len(start_positions), 1, -1)) if dd2 else ()),
+        *(("dd2_1step", "dd2_refine_1", "dd2_refine_2", "ar_diffusion") if dd2 else ()),
         *(f"skip_{count}" for count in sorted({max(1, count) for count in skipped}) if count < levels),
         *(("onestep_class", "onestep_star") if trajectories else ()),
     ]

@@ -22,6 +22,8 @@ TITLES = {
     "teacher_flow": "Teacher through the flow map",
     "teacher_involved": "Teacher-involved",
     "dd2": "DD2 generator",
+    "dd2_refine": "DD2 generator, refined",
+    "ar_diffusion": "DD2's AR-diffusion model",
     "dd1": "DD1 student",
     "skip": "Teacher, last steps skipped",
     "onestep_class": "independent tokens, marginals of the class",
@@ -100,6 +102,8 @@ def title(name: str) -> str:
     numbers = [int(number) for number in re.findall(r"\d+", name.removeprefix(kind))]
     if kind in ("dd1", "dd2") and len(numbers) == 1:
         return f"{TITLES[kind]}, {numbers[0]} step{'s' if numbers[0] > 1 else ''}"
+    if kind == "dd2_refine":
+        return f"{TITLES[kind]} {'once' if numbers == [1] else f'{numbers[0]} times'}"
     if kind in ("teacher_involved", "skip"):
         return f"{TITLES[kind]}, {'-'.join(map(str, numbers))}"
     return name

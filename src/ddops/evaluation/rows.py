@@ -5,7 +5,7 @@ A further kind of row is a pattern in ``config/evaluation.py`` and a line in ``_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddops.config.dd2 import DD2Config, NotTrainedConfig
+from ddops.config.dd2 import (
+    ARDiffusionConfig,
+    DD2Config,
+    NotTrainedConfig,
+    TrainedARDiffusionConfig,
+    TrainedDD2Config,
+)
 from ddops.config.evaluation import parse_row
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, FlowMapConfig
+from ddops.evaluation.device import accelerator
 from ddops.evaluation.drawing import Draw, Generator, Indices, dd1_generator, from_noise, sample_noise
 from ddops.evaluation.images import to_uint8
+from ddops.models.ar_diffusion import ARDiffusion
 from ddops.models.interface import Student, Teacher
+from ddops.models.weights import load_student, load_teacher
+from ddops.models.weights_dd2 import load_ar_diffusion, load_generator
+from ddops.sampling.ar_diffusion import refine, sample_ar_diffusion
+from ddops.sampling.few_step import sample_student
 from ddops.sampling.mixed import sample_skipping, sample_teacher_involved
-from ddops.sampling.noise import Stream, uniforms
+from ddops.sampling.noise import Stream, normals, uniforms
 from ddops.sampling.teacher import (
     Picker,
     categorical_picker,
@@ -66,6 +78,9 @@ class Models:
     dd2: DD2Config = NOT_TRAINED
     generator: Student | None = None
     """DD2's; None where no row asks for it."""
+    ar_diffusion: ARDiffusion | None = None
+    evaluations: int = 0
+    """Of the AR-diffusion model's head, a token."""
 
     @cached_property
     def drawn_tokens(self) -> tuple[Tensor, Tensor]:
@@ -80,8 +95,39 @@ class Models:
         return self.student
 
     @property
+    def students(self) -> list[torch.nn.Module]:
+        """Whatever was loaded beside the teacher."""
+        return [each for each in (self.student, self.generator, self.ar_diffusion) if each is not None]
+
+    @property
     def device(self) -> torch.device:
         return self.teacher.codebook_VC.device
+
+
+def open_models(
+    files: Mapping[str, Path],
+    sampling: SamplingConfig,
+    solver: FlowMapConfig,
+    dd1: DD1Config,
+    ar_diffusion: ARDiffusionConfig,
+    dd2: DD2Config,
+    trajectories: Path,
+) -> Models:
+    """The models in ``files``, by name (``dd1``, ``dd2`` and ``ar_diffusion`` as far as they are there), on the
+    accelerator; raises :class:`CheckpointError`."""
+    tokenizer, device = files["tokenizer"], accelerator()
+    return Models(
+        load_teacher(tokenizer, files["teacher"]).to(device),
+        load_student(files["dd1"]).to(device) if "dd1" in files else None,
+        sampling,
+        solver,
+        dd1,
+        trajectories,
+        dd2,
+        load_generator(tokenizer, files["dd2"]).to(device) if "dd2" in files else None,
+        load_ar_diffusion(tokenizer, files["ar_diffusion"]).to(device) if "ar_diffusion" in files else None,
+        ar_diffusion.evaluations if isinstance(ar_diffusion, TrainedARDiffusionConfig) else 0,
+    )
 
 
 def build_row(name: str, models: Models) -> Row:
@@ -151,6 +197,50 @@ def _dd2(models: Models, steps: int) -> _Built:
     return _Built(draw, steps, (models.generator,), generator)
 
 
+def _dd2_refine(models: Models, count: int) -> _Built:
+    """DD2's few steps: what the generator made in one is returned to noise and denoised again, ``count`` times."""
+    one_step, model = _dd2(models, 1), _ar_model(models)
+    assert isinstance(models.dd2, TrainedDD2Config)
+    assert models.generator is not None
+    generator, config, teacher = models.generator, models.dd2, models.teacher
+    prefix = config.logit_prefix(teacher.layout.num_levels)
+
+    def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
+        labels_B, codebook_VC = labels_B.to(models.device), teacher.codebook_VC
+        shape = (teacher.layout.length, codebook_VC.shape[1])
+        noise_BLC = sample_noise(seed, indices_B, teacher, shape[1]).to(models.device)
+        q_BLC = sample_student(generator, codebook_VC, noise_BLC, labels_B, (0,), prefix)
+        noise_BNLC = normals(seed, Stream.REFINEMENT, indices_B, (count, *shape)).to(models.device)
+        for fresh_BLC in noise_BNLC.unbind(1):
+            q_BLC = refine(model, q_BLC, fresh_BLC, labels_B, start=config.refine_start, evaluations=models.evaluations)
+        return teacher.decode(q_BLC)
+
+    return _Built(draw, 1 + count, (*one_step.transformers, *_ar_parts(model)))
+
+
+def _ar_diffusion(models: Models) -> _Built:
+    """DD2's AR-diffusion model by its own sampler, level by level: what its training reached."""
+    model, teacher = _ar_model(models), models.teacher
+
+    def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
+        noise_BLC = sample_noise(seed, indices_B, teacher, teacher.codebook_VC.shape[1]).to(models.device)
+        ids_BL = sample_ar_diffusion(model, labels_B.to(models.device), noise_BLC, models.evaluations)
+        return _decode_ids(teacher, ids_BL)
+
+    return _Built(draw, teacher.layout.num_levels, _ar_parts(model))
+
+
+def _ar_parts(model: ARDiffusion) -> tuple[torch.nn.Module, ...]:
+    transformer = model.backbone.get_submodule("transformer")
+    return (transformer,) if model.head is None else (transformer, model.head)
+
+
+def _ar_model(models: Models) -> ARDiffusion:
+    if models.ar_diffusion is None:
+        raise ValueError("this row needs an AR-diffusion model, and none was loaded")
+    return models.ar_diffusion
+
+
 def _teacher_involved(models: Models, first: int, last: int) -> _Built:
     """DD1's Table 2, ``n-m`` counted from 1: the teacher draws levels n to m - 1, the student goes on from there."""
     teacher, dd1 = models.teacher, models.dd1
@@ -209,6 +299,8 @@ _BUILDERS: Final[dict[str, Callable[..., _Built]]] = {
     "teacher_flow": _teacher_flow,
     "dd1": _dd1,
     "dd2": _dd2,
+    "dd2_refine": _dd2_refine,
+    "ar_diffusion": _ar_diffusion,
     "teacher_involved": _teacher_involved,
     "skip": _skip,
     "onestep_class": _onestep_class,

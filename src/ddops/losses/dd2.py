@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddops.models.precision import full_precision
+
 Weighting = Literal["mean", "velocity", "score"]
 """What a difference of posterior means is turned into: nothing, that of the velocities, or that of the scores."""
 Normalization = Literal["distance", "direction", "none"]
@@ -74,6 +76,7 @@ def gradient_scale(
     return 1 / magnitude_BLC.detach().abs().mean((1, 2)).clamp_min(SMALLEST)
 
 
+@full_precision
 def straight_through_codes(logits_BLV: Tensor, ids_BL: Tensor, codebook_VC: Tensor) -> Tensor:
     """Embeddings of the codes ``ids_BL`` with the gradient of the expected embedding, (B, L, C).
 

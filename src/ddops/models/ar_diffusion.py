@@ -19,6 +19,7 @@ from ddops.config.models import HeadConfig
 from ddops.flow.codebook import posterior_mean
 from ddops.models.conditions import Condition
 from ddops.models.interface import BackboneTeacher, Student, StudentOutput, Teacher
+from ddops.models.precision import full_precision
 
 TIME_FREQUENCIES: Final = 16
 MAX_TIME_FREQUENCY: Final = 64.0
@@ -110,6 +111,7 @@ class ARDiffusion(nn.Module):
         return codebook_mean(x_BLC, t_BL, self.log_probs(hidden_BLD), self.codebook_VC)
 
 
+@full_precision
 def codebook_mean(x_BLC: Tensor, t_BL: Tensor, log_p_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
     """The closed form of :func:`ddops.flow.codebook.posterior_mean` for sequences, (B, L, C)."""
     mean_NC = posterior_mean(x_BLC.flatten(0, 1), t_BL.flatten(), log_p_BLV.flatten(0, 1), codebook_VC)
@@ -161,6 +163,7 @@ class ARDiffusionGenerator(Student):
         raise TypeError("an ARDiffusionGenerator starts from an AR-diffusion model")
 
 
+@full_precision
 def nearest_logits(embeddings_BLC: Tensor, codebook_VC: Tensor) -> Tensor:
     """Logits (B, L, V) of a Gaussian around each code whose width is the codes' distance to their nearest."""
     half_norm_V = codebook_VC.square().sum(-1) / 2

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddops.models.precision import full_precision
+
 COMMITMENT: Final = 0.25
 """Weight of the commitment term (beta), as in both released tokenizers."""
 
@@ -27,6 +29,7 @@ def to_map(q_BlC: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
+@full_precision
 def nearest_code(x_BlC: Tensor, codebook_VC: Tensor) -> Tensor:
     """Id of the code at the smallest Euclidean distance from each vector, int64 of shape (B, l)."""
     # |x|^2 is the same for every code, so |x - c|^2 orders them as |c|^2 / 2 - x.c does.

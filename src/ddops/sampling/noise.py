@@ -45,6 +45,7 @@ class Stream(IntEnum):
     SHUFFLE = 6
     PATH = 7
     PATH_PLACE = 8
+    REFINEMENT = 9
 
 
 def philox_words(seed: int, stream: int, indices_N: NDArray[np.int64], count: int) -> Words:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import cast
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from ddops.captions.conditions import Conditions, open_conditions
+from ddops.captions.conditions import open_conditions
 from ddops.config.dd2 import DD2Config, NotTrainedConfig, TrainedDD2Config
 from ddops.config.evaluation import DigitsFeaturesConfig, FeaturesConfig
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config
-from ddops.distill.dd2 import DD2Objectives, check_diversity, within_class_spread
-from ddops.evaluation.drawing import sample_noise
+from ddops.distill.dd2 import DD2Objectives
 from ddops.models.ar_diffusion import ARDiffusion, ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.interface import BackboneTeacher, Student
 from ddops.models.registry import build_student
 from ddops.models.weights import load_student, load_teacher
 from ddops.models.weights_dd2 import as_backbone, load_ar_diffusion, save_generator
-from ddops.sampling.few_step import sample_student
 from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import require, run_stage, write_not_trained
-from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
+from ddops.stages.dd2_watch import DD2Watch
 from ddops.training.alternating import train_alternating
 from ddops.training.loop import seeded
 from ddops.training.replicas import own_share
@@ -60,6 +49,7 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
     batches = batch_source(
         dataset, lambda step: own_share(batch_indices(seed, step, dd2.training.batch_size, len(dataset)))
     )
+    watch = DD2Watch(teacher, dataset, dd1, dd2, conditions, judged=judged, fingerprint=checkpoint.fingerprint)
     state = train_alternating(
         generator,
         guidance,
@@ -71,9 +61,10 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
         checkpoint=checkpoint,
         curves_dir=paths.CURVES / "dd2",
         description="dd2 generator",
-        evaluate=_watch(teacher, dataset, dd1, dd2, conditions if judged else None),
+        evaluate=watch,
         evaluate_every=dd2.evaluate_every,
     )
+    watch.keep_pictures(paths.CURVES / "dd2")
     head = generator.model.head_config if isinstance(generator, ARDiffusionGenerator) else None
     save_generator(paths.DD2_GENERATOR, state, teacher.config, head)
     checkpoint.remove()
@@ -93,41 +84,6 @@ def _guidance(config: TrainedDD2Config, teacher: BackboneTeacher) -> ARDiffusion
     if config.guidance.start == "teacher":
         return new_ar_diffusion(teacher, None)
     return load_ar_diffusion(paths.TOKENIZER, paths.AR_DIFFUSION)
-
-
-def _watch(
-    teacher: BackboneTeacher,
-    dataset: TrajectoryDataset,
-    dd1: DD1Config,
-    dd2: TrainedDD2Config,
-    judged: Conditions | None,
-) -> Callable[[nn.Module], Mapping[str, float]]:
-    """Diversity of the EMA generator's sequences, which stops the stage where it is lost, and FID a step count."""
-    codebook_VC = teacher.codebook_VC
-    logit_prefix = dd2.logit_prefix(teacher.layout.num_levels)
-    batch = dataset.batch(torch.arange(min(dd2.evaluate_count, len(dataset))))
-    teacher_spread = within_class_spread(F.embedding(batch.ids_BL, codebook_VC), batch.labels_B)
-    fid = FIDCurve(dd2.evaluate_count, judged) if judged else None
-
-    def watch(model: nn.Module) -> Mapping[str, float]:
-        student = cast(Student, model)
-        with torch.no_grad():
-            q_NLC = sample_student(student, codebook_VC, batch.noise_BLC, batch.labels_B, (0,), logit_prefix)
-        diversity = within_class_spread(q_NLC, batch.labels_B) / teacher_spread
-        check_diversity(diversity, dd2.min_diversity)
-        values = {"diversity": diversity}
-        for steps in range(1, len(dd1.start_positions) + 1):
-            starts = dd1.start_positions[:steps]
-
-            def decode(indices_B: NDArray[np.int64], labels_B: Tensor, starts: tuple[int, ...] = starts) -> Tensor:
-                noise_BLC = sample_noise(CURVE_SEED, indices_B, student, codebook_VC.shape[1])
-                return teacher.decode(sample_student(student, codebook_VC, noise_BLC, labels_B, starts, logit_prefix))
-
-            if fid is not None:
-                values[f"fid_{steps}step"] = fid(decode)
-        return values
-
-    return watch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The FID that a training stage watches: the digits judge, on fewer samples than the evaluation's."""
+"""The FID, and recall, that a training stage watches: the digits judge, on fewer samples than the evaluation's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from ddops.data import digits
 from ddops.evaluation.drawing import Indices, Request, draw_batches
 from ddops.evaluation.images import to_uint8
 from ddops.evaluation.judge import DigitsJudge, load_classifier
-from ddops.evaluation.metrics import frechet_distance, look
+from ddops.evaluation.metrics import Seen, frechet_distance, look, precision_recall
 from ddops.stages import paths
 
 CURVE_BATCH: Final = 1000
 CURVE_SEED: Final = 2**31
 """Seed of the samples behind the curves: none of the seeds that the evaluation uses."""
+NEIGHBOURS: Final = 3
+"""k of precision and recall, as in the evaluation."""
 
 
 class FIDCurve:
@@ -29,8 +31,21 @@ class FIDCurve:
         labels_N = conditions.of_images(data.labels_N)
         self._request = Request(labels_N[torch.arange(count) % len(data)], CURVE_BATCH)
         self._judge = DigitsJudge(load_classifier(paths.CLASSIFIER))
-        self._reference = look(self._judge, to_uint8(data.images_NIHW).split(CURVE_BATCH)).statistics
+        self._reference = look(self._judge, to_uint8(data.images_NIHW).split(CURVE_BATCH))
 
     def __call__(self, decode: Callable[[Indices, Tensor], Tensor]) -> float:
+        return self.fid(self.see(decode))
+
+    def see(self, decode: Callable[[Indices, Tensor], Tensor]) -> Seen:
+        """What the judge sees of the samples."""
         batches = draw_batches(lambda _, indices_B, labels_B: decode(indices_B, labels_B), self._request, 0, "fid")
-        return frechet_distance(look(self._judge, batches).statistics, self._reference, judged=False)
+        return look(self._judge, batches)
+
+    def fid(self, seen: Seen) -> float:
+        """Of a singular covariance too: a model that has yet to learn may draw one image only."""
+        return frechet_distance(seen.statistics, self._reference.statistics, judged=False)
+
+    def recall(self, seen: Seen) -> float:
+        """Share of the real images that lie among the samples; as many samples as there are images."""
+        real_NF = self._reference.features_NF
+        return precision_recall(seen.features_NF[: len(real_NF)], real_NF, NEIGHBOURS)[1]

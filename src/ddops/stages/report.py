@@ -7,7 +7,7 @@ from typing import Any
 
 from ddops.config.stages import ExportConfig
 from ddops.evaluation.provenance import provenance
-from ddops.evaluation.report import FACTS, chart, grids, read_curve, render, table, title
+from ddops.evaluation.report import FACTS, chart, embed_png, grids, read_curve, render, table, title
 from ddops.files import write_text
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
@@ -30,7 +30,11 @@ def report(preset: str, seed: int, export: ExportConfig) -> None:
         "export": json.loads(paths.EXPORT_METRICS.read_text()) if decision["passed"] else None,
         "provenance": provenance(metrics),
     }
-    pictures = {"grids": grids(paths.GRIDS), "interpolations": grids(paths.GRIDS, interpolations=True)}
+    pictures = {
+        "grids": grids(paths.GRIDS),
+        "interpolations": grids(paths.GRIDS, interpolations=True),
+        "progress": _progress(),
+    }
     write_text(paths.REPORT, render("report.html", **values, **pictures, charts=_charts()))
     write_text(paths.MODEL_CARD, render("model_card.md", **values))
 
@@ -46,6 +50,12 @@ def _summary(metrics: dict[str, Any], export: ExportConfig) -> str:
         f"{teacher['passes']} teacher steps in {export.steps}: {title(export.row)}, FID {student['fid']:.2f} against "
         f"the teacher's {teacher['fid']:.2f}{beside}."
     )
+
+
+def _progress() -> list[tuple[str, str]]:
+    """The generator's samples while DD2 trained, the same noise and classes in each."""
+    files = sorted((paths.CURVES / "dd2").glob("samples_*.png"))
+    return [(f"DD2 after {int(file.stem.removeprefix('samples_'))} updates", embed_png(file)) for file in files]
 
 
 def _charts() -> list[tuple[str, str]]:

@@ -11,20 +11,17 @@ from torch import Tensor
 
 from ddops.captions.conditions import Conditions, open_conditions
 from ddops.config.base import plain
-from ddops.config.dd2 import DD2Config, TrainedDD2Config
-from ddops.config.evaluation import EvaluateConfig
+from ddops.config.dd2 import ARDiffusionConfig, DD2Config, TrainedDD2Config
+from ddops.config.evaluation import AR_DIFFUSION_ROWS, EvaluateConfig, parse_row
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, TrajectoriesConfig
-from ddops.evaluation.device import accelerator
 from ddops.evaluation.drawing import Request, draw_batches
 from ddops.evaluation.images import grid, save_png, to_uint8
 from ddops.evaluation.protocols import Protocol, open_protocol
-from ddops.evaluation.rows import RECONSTRUCTION, Models, Row, build_row, reconstruct
+from ddops.evaluation.rows import RECONSTRUCTION, Models, Row, build_row, open_models, reconstruct
 from ddops.evaluation.samples import open_samples, pick, write_samples
 from ddops.evaluation.smoothness import interpolate
 from ddops.files import sha256_file, sha256_json, write_json
-from ddops.models.weights import load_student, load_teacher
-from ddops.models.weights_dd2 import load_generator
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
 from ddops.stages.statistics import statistics_file
@@ -42,6 +39,7 @@ def sample(
     sampling: SamplingConfig,
     trajectories: TrajectoriesConfig,
     dd1: DD1Config,
+    ar_diffusion: ARDiffusionConfig,
     dd2: DD2Config,
     evaluate: EvaluateConfig,
 ) -> None:
@@ -56,22 +54,20 @@ def sample(
         "teacher": require(paths.TRANSFORMER, "teacher"),
         "dd1": require(paths.DD1_STUDENT, "distill_dd1"),
     }
-    trained = isinstance(dd2, TrainedDD2Config)
-    if trained:
+    if isinstance(dd2, TrainedDD2Config):
         files["dd2"] = require(paths.DD2_GENERATOR, "distill_dd2")
+    if any(parse_row(name)[0] in AR_DIFFUSION_ROWS for name in evaluate.rows):
+        files["ar_diffusion"] = require(paths.AR_DIFFUSION, "ar_diffusion")
     hashes = {name: sha256_file(path) for name, path in files.items()}
-    model = load_teacher(files["tokenizer"], files["teacher"]).to(accelerator())
-    student = load_student(files["dd1"]).to(accelerator())
-    generator = load_generator(files["tokenizer"], files["dd2"]).to(accelerator()) if trained else None
-    drawing = [each for each in (student, generator) if each is not None]
-    conditions = open_conditions(paths.EVALUATE_CAPTIONS, model, *drawing)
-    models = Models(model, student, sampling, trajectories, dd1, paths.TRAJECTORIES, dd2, generator)
+    models = open_models(files, sampling, trajectories, dd1, ar_diffusion, dd2, paths.TRAJECTORIES)
+    model = models.teacher
+    conditions = open_conditions(paths.EVALUATE_CAPTIONS, model, *models.students)
     rows = [build_row(name, models) for name in evaluate.rows]
     protocol = open_protocol(evaluate)
 
     dataset = sha256_file(require(paths.TRAJECTORIES / MANIFEST, "trajectories"))
     prompts = [sha256_file(path) for path in conditions.files]
-    sections = [plain(section) for section in (sampling, trajectories, dd1, dd2, evaluate)]
+    sections = [plain(section) for section in (sampling, trajectories, dd1, ar_diffusion, dd2, evaluate)]
     settings = [hashes, prompts, dataset, *sections]
     drawn = _unfinished(sha256_json(settings))
     if real := protocol.real_images():
@@ -94,11 +90,13 @@ def sample(
 
 
 def _unfinished(fingerprint: str) -> Path:
-    """The directory of a run with these settings; what runs with others left behind is deleted."""
+    """The directory of a run with these settings; what runs with others left behind is deleted, and half a file."""
     directory = UNFINISHED / fingerprint
     for other in UNFINISHED.glob("*"):
         if other != directory:
             shutil.rmtree(other)
+    for half in directory.glob("*/.*.tmp"):
+        half.unlink()
     return directory
 
 

@@ -21,6 +21,7 @@ from ddops.config.training import TrainingConfig
 from ddops.training.checkpoint import CheckpointFile
 from ddops.training.curves import Curves
 from ddops.training.loop import (
+    autocast,
     averaged,
     build_optimizers,
     check_finite,
@@ -82,13 +83,13 @@ def train_alternating(
     checkpoint: CheckpointFile,
     curves_dir: Path,
     description: str,
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
 ) -> dict[str, Tensor]:
     """Align, then train both; returns the state dict of the generator's EMA weights.
 
     ``config`` is the generator's optimisation. Steps, of the curves too, count the generator's updates; those of the
-    alignment come before them and are negative.
+    alignment come before them and are negative. ``evaluate`` is called with the EMA generator and the step.
 
     Raises:
         TrainingDiverged: a loss is NaN or infinite; or what ``evaluate`` raises.
@@ -119,7 +120,7 @@ def train_alternating(
             seed_step(seed, alignment + step, group.rank, group.size)
             row: dict[str, Tensor] = {}
             for _ in range(guidance_config.updates if step >= 0 else 1):
-                row |= _update_guidance(networks, objectives, guidance_config, group)
+                row |= _update_guidance(networks, objectives, guidance_config, config.precision, group)
             if step >= 0:
                 share = batch_indices(seed, step, config.batch_size, dataset_size)[group.rank :: group.size]
                 row |= _update_generator(networks, objectives, share, config, step, group)
@@ -135,7 +136,7 @@ def train_alternating(
                 continue
             if to_log:
                 if evaluate is not None and step >= 0 and (last or done % evaluate_every == 0):
-                    values |= evaluate(networks.ema)
+                    values |= evaluate(networks.ema, done)
                 curves.log(done, values)
                 bar.set_postfix({"guidance": f"{values['guidance_loss']:.4f}"}, refresh=False)
             if to_save:
@@ -147,9 +148,10 @@ def train_alternating(
 
 
 def _update_guidance(
-    networks: Networks, objectives: Objectives, config: GuidanceConfig, group: Replicas
+    networks: Networks, objectives: Objectives, config: GuidanceConfig, precision: str, group: Replicas
 ) -> dict[str, Tensor]:
-    values = objectives.guidance(networks.generator, networks.guidance, config.batch_size // group.size)
+    with autocast(networks.guidance, precision):
+        values = objectives.guidance(networks.generator, networks.guidance, config.batch_size // group.size)
     norm = update(
         networks.guidance,
         networks.guidance_optimizers,
@@ -164,7 +166,8 @@ def _update_guidance(
 def _update_generator(
     networks: Networks, objectives: Objectives, share: Tensor, config: TrainingConfig, step: int, group: Replicas
 ) -> dict[str, Tensor]:
-    values = objectives.generator(networks.generator, networks.guidance, share, step)
+    with autocast(networks.generator, config.precision):
+        values = objectives.generator(networks.generator, networks.guidance, share, step)
     norm = update(
         networks.generator,
         networks.generator_optimizers,

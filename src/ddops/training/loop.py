@@ -84,7 +84,8 @@ def train(
                 before_step(model, step)
             seed_step(seed, step, group.rank, group.size)
             share = batch_indices(seed, step, config.batch_size, dataset_size)[group.rank :: group.size]
-            values = objective(model, share, step)
+            with autocast(model, config.precision):
+                values = objective(model, share, step)
             gradient_norm = update(
                 model, optimizers, values["loss"], learning_rate(config, step), config.gradient_clip, group
             )
@@ -149,6 +150,12 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
         if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "blocks":
             for block in module:
                 block.compile(backend=backend)
+
+
+def autocast(model: nn.Module, precision: str) -> torch.autocast:
+    """Half precision on the model's device where ``precision`` is ``bfloat16``; its range needs no loss scaling."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def seed_step(seed: int, step: int, rank: int, size: int) -> None:

@@ -1,0 +1,99 @@
+"""What is watched while DD2 trains: FID and recall, whether the generator collapses, and pictures of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddops.captions.conditions import Conditions
+from ddops.config.dd2 import TrainedDD2Config
+from ddops.config.stages import DD1Config
+from ddops.distill.dd2 import check_diversity, within_class_spread
+from ddops.evaluation.drawing import Indices, sample_noise
+from ddops.evaluation.images import grid, save_png, to_uint8
+from ddops.models.interface import BackboneTeacher, Student
+from ddops.sampling.few_step import sample_student
+from ddops.stages import paths
+from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
+from ddops.trajectories.dataset import TrajectoryDataset
+
+COLUMNS: Final = 10
+"""Conditions in a picture, spread over all of them; the same noise in every picture."""
+ROWS: Final = 3
+TILE: Final = 24
+"""Side of an image in a picture, in pixels, for images smaller than that."""
+PICTURES: Final = paths.STATE / "dd2_samples"
+
+
+class DD2Watch:
+    """Called with the EMA generator and its step; raises :class:`~ddops.training.errors.Collapsed`.
+
+    Pictures wait in ``PICTURES`` until the training is over: curves are written anew when a killed run goes on.
+    """
+
+    def __init__(
+        self,
+        teacher: BackboneTeacher,
+        dataset: TrajectoryDataset,
+        dd1: DD1Config,
+        dd2: TrainedDD2Config,
+        conditions: Conditions,
+        *,
+        judged: bool,
+        fingerprint: str,
+    ) -> None:
+        self.teacher, self.config, self.starts = teacher, dd2, dd1.start_positions
+        self.logit_prefix = dd2.logit_prefix(teacher.layout.num_levels)
+        self.batch = dataset.batch(torch.arange(min(dd2.evaluate_count, len(dataset))))
+        codes_NLC = F.embedding(self.batch.ids_BL, teacher.codebook_VC)
+        self.teacher_spread = within_class_spread(codes_NLC, self.batch.labels_B)
+        self.conditions = conditions
+        self.fid = FIDCurve(dd2.evaluate_count, conditions) if judged else None
+        self.pictures = PICTURES / fingerprint
+        for other in PICTURES.glob("*"):
+            if other != self.pictures:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        student, values = cast(Student, model), {}
+        if self.fid is not None:
+            for steps in range(1, len(self.starts) + 1):
+                starts = self.starts[:steps]
+                seen = self.fid.see(lambda indices_B, labels_B: self._draw(student, indices_B, labels_B, starts))  # noqa: B023
+                values[f"fid_{steps}step"] = self.fid.fid(seen)
+                if steps == 1:
+                    values["recall"] = self.fid.recall(seen)
+        with torch.no_grad():
+            q_NLC = sample_student(
+                student, self.teacher.codebook_VC, self.batch.noise_BLC, self.batch.labels_B, (0,), self.logit_prefix
+            )
+        values["diversity"] = within_class_spread(q_NLC, self.batch.labels_B) / self.teacher_spread
+        self._picture(student, step)
+        check_diversity(values["diversity"], values.get("recall"), self.config)
+        return values
+
+    def keep_pictures(self, directory: Path) -> None:
+        """Move them to where they stay: ``samples_<step>.png``."""
+        for file in sorted(self.pictures.glob("*.png")):
+            file.replace(directory / file.name)
+        shutil.rmtree(PICTURES, ignore_errors=True)
+
+    def _draw(self, student: Student, indices_B: Indices, labels_B: Tensor, starts: tuple[int, ...]) -> Tensor:
+        codebook_VC = self.teacher.codebook_VC
+        noise_BLC = sample_noise(CURVE_SEED, indices_B, student, codebook_VC.shape[1])
+        return self.teacher.decode(sample_student(student, codebook_VC, noise_BLC, labels_B, starts, self.logit_prefix))
+
+    def _picture(self, student: Student, step: int) -> None:
+        count = self.conditions.count
+        columns = min(COLUMNS, count)
+        labels_B = (torch.arange(columns) * count // columns).repeat(ROWS)
+        with torch.no_grad():
+            images_BIHW = self._draw(student, np.arange(len(labels_B), dtype=np.int64), labels_B, (0,))
+        picture = grid(to_uint8(images_BIHW), columns, scale=max(1, TILE // images_BIHW.shape[-1]))
+        save_png(picture, self.pictures / f"samples_{step:06d}.png")
