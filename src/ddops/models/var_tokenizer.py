@@ -36,7 +36,7 @@ class Phi(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x_BCgg: Tensor) -> Tensor:
-        return torch.lerp(x_BCgg, super().forward(x_BCgg), 0.5)
+        return torch.lerp(x_BCgg, super().forward(x_BCgg).to(x_BCgg.dtype), 0.5)
 
 
 def phi_of_each_scale(scales: int, shared_phi: int) -> tuple[int, ...]:
