@@ -2,14 +2,14 @@
 
     python benchmarks/lean.py run --output benchmarks/results/lean_cpu.json               # every part, then the report
     python benchmarks/lean.py measure var_d16 tokens 4 --rounds 2 --output FILE           # one part
-    python benchmarks/lean.py launches var_d16 --output FILE                              # operations and host time
+    python benchmarks/lean.py launches var_d16 --output FILE                              # operations an image
     python benchmarks/lean.py report --output FILE                                        # table, chart
     python benchmarks/lean.py run --device cuda --output benchmarks/results/lean_gpu.json # on a GPU
 
 Rounds are interleaved: each runs every contestant of the part once, after one that warms up. Each round is written when
-it is done and a later call adds to what is there, so that a part may be measured in several sittings. Times are wall-clock
-and, on a CPU with one thread, processor time, which other work on the machine disturbs less: ratios are of medians of
-that. Memory is the most that a run needed beyond what was there before it.
+it is done and a later call adds to what is there, so that a part may be measured in several sittings. Times are
+wall-clock and, on a CPU with one thread, processor time, which other work on the machine disturbs less: ratios are of
+medians of that. Memory is the most that a run needed beyond what was there before it.
 """
 
 from __future__ import annotations
@@ -135,8 +135,7 @@ def measure(
     del outputs
     if arguments.device == "cuda":
         results["matmul_tflops"] = matmul_tflops()
-    note = {"command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="minutes")}
-    results["commands"].append(note)
+    results["commands"].append(stamp())
     for _ in range(arguments.rounds):
         for name, run in runs.items():
             figures = part.setdefault(name, {})
@@ -204,36 +203,29 @@ class Counter(TorchDispatchMode):
 
 
 def count_launches(results: dict[str, Any], arguments: argparse.Namespace, preset: str) -> None:
-    """Operations an image, and the host's time to issue the operations: that of the same passes at a sixteenth
-    of the width, where almost nothing is left to compute."""
-    composed = compose(arguments.params, [f"preset={preset}"])
-    config = validate(composed, preset)
-    model = config.teacher.model
-    narrow = validate(
-        compose(
-            arguments.params,
-            [
-                *(f"preset={preset}", f"teacher.model.width={model.width // 16}"),
-                *([f"teacher.model.ffn_hidden={model.ffn_hidden // 16}"] if model.family == "llamagen" else []),
-            ],
-        ),
-        preset,
-    )
+    """Operations an image, counted in the same passes at a sixteenth of the width and with 64 codes. The comparison
+    with the codebook is left out."""
+    full = validate(compose(arguments.params, [f"preset={preset}"]), preset)
+    model = full.teacher.model
+    sizes = [f"teacher.model.width={model.width // 16}", "teacher.model.codebook_size=64"]
+    sizes += [f"teacher.model.ffn_hidden={model.ffn_hidden // 16}"] if model.family == "llamagen" else []
+    sizes += ["sampling.top_k=32"] if full.sampling.top_k else []
+    narrow = validate(compose(arguments.params, [f"preset={preset}", *sizes]), preset)
     found = {}
-    for name in ("teacher", "reference_1", "lean_1", "reference_2", "lean_2", "involved"):
+    for name in ("teacher", "involved", "plain_1", "lean_1", "plain_2", "lean_2"):
         run = Contest(narrow, 1, "cpu", False, arguments.work).build(name)
         run()
         with Counter() as counter:
             run()
-        times = []
-        for _ in range(5):
-            started = time.process_time()
-            run()
-            times.append(time.process_time() - started)
-        found[name] = {"operations": counter.count, "host_seconds": statistics.median(times)}
+        found[name] = counter.count
     results["launches"][preset] = found
+    results["commands"].append(stamp())
     write_json(arguments.output, results)
     print(preset, json.dumps(found))
+
+
+def stamp() -> dict[str, str]:
+    return {"command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(timespec="minutes")}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ddops.evaluation.drawing import sample_noise
 from ddops.models import level_attention
 from ddops.models.interface import FullPasses, Student
 from ddops.models.layout import LevelLayout, noise_data_rows
-from ddops.models.level_attention import attend_by_levels, student_mask
+from ddops.models.level_attention import LevelAttention, student_mask
 from ddops.models.var import attend_masked
 from ddops.models.var_student import VARStudent
 from ddops.sampling.few_step import sample_student
@@ -28,7 +28,7 @@ from tiny import tiny, untrained
 FAMILIES = pytest.mark.parametrize("family", ["llamagen", "var"])
 LABELS = torch.tensor([3, 1, 4])
 VAR_221 = (1, 1, 4, 9, 49, 64, 100)
-"""Levels that need both ways through :func:`attend_by_levels`."""
+"""Levels that need both ways through :class:`LevelAttention`."""
 
 
 def noise_for(family: str) -> Tensor:
@@ -93,7 +93,7 @@ def test_attention_by_levels_is_the_masked_one(levels: tuple[int, ...], score: f
     q, k = score * F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     expected = attend_masked(q, k, v, 0.9, mask_lK=student_mask(layout, q.device))
     for stop in layout.offsets[1:]:
-        cut = attend_by_levels(q[:, :, :stop], k[:, :, :stop], v[:, :, :stop], 0.9, layout=layout)
+        cut = LevelAttention(layout, stop, q)(q[:, :, :stop], k[:, :, :stop], v[:, :, :stop], 0.9)
         torch.testing.assert_close(cut, expected[:, :, :stop], atol=1e-6 * score, rtol=0)
 
 
@@ -109,7 +109,7 @@ def test_attention_by_levels_in_half_precision_errs_as_the_masked_one() -> None:
     mask_PP = student_mask(layout, q.device)
     exact = attend_masked(q.double(), k.double(), v.double(), 0.2, mask_lK=mask_PP)
     masked = attend_masked(q, k, v, 0.2, mask_lK=mask_PP).double()
-    by_levels = attend_by_levels(q, k, v, 0.2, layout=layout).double()
+    by_levels = LevelAttention(layout, layout.length, q)(q, k, v, 0.2).double()
     assert (by_levels - exact).square().mean() < 2 * (masked - exact).square().mean()
 
 

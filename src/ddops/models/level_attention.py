@@ -2,7 +2,7 @@
 
 As a mask that is dense: flash kernels do not take it, and of VAR's 681 x 681 pairs 62 % are computed to be thrown away.
 But what a level sees of the others is a prefix of the sequence, which needs no mask, and the one key beside it, the
-position's own, can be the same for all: see :func:`attend_by_levels`.
+position's own, can be the same for all: see :class:`LevelAttention`.
 
 Shape suffixes are those of :mod:`ddops.models.var` and: P positions of the model, p those of the leading levels.
 """
@@ -30,46 +30,58 @@ def student_mask(layout: LevelLayout, device: torch.device) -> Tensor:
     return (level_P[:, None] > level_P[None, :]) | (place_P[:, None] == place_P[None, :])
 
 
-def attend_by_levels(q_BHPE: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, scale: float, *, layout: LevelLayout) -> Tensor:
-    """What :func:`student_mask` does with a mask, (B, H, P, E), exactly and level by level.
+class LevelAttention:
+    """What :func:`student_mask` does with a mask, exactly, as an :data:`ddops.models.var.Attend` for the first
+    ``length`` positions of ``layout``, which end with a level.
 
     Before all keys stands one that means "itself". Queries and keys get two channels more: in them a query holds its
     score with its own key, that one key ones, the others zeros. So it scores what the position's own key would, the
     softmax over it and the prefix is the one asked for, and the weight that falls to it is the own value's. The score
     takes two channels, leading digits and remainder, to lose nothing in half precision.
 
-    The P positions are the first of ``layout`` and end with a level.
+    Away from the CPU all levels go through one masked call: a few launches more a block cost a GPU more than the pairs
+    left out would save it at small batches, and no measurement says yet from where on they do not *(ours)*.
     """
-    q_BHPE, k_BHPE = q_BHPE.to(v_BHPE.dtype), k_BHPE.to(v_BHPE.dtype)
-    offsets = [offset for offset in layout.offsets if offset <= q_BHPE.shape[2]]
-    leading = max(offset for offset in offsets if offset <= max(TOGETHER, layout.sizes[0]))
-    q_BHpE, k_BHpE, v_BHpE = (x_BHPE[:, :, :leading] for x_BHPE in (q_BHPE, k_BHPE, v_BHPE))
-    mask_pp = student_mask(layout, q_BHPE.device)[:leading, :leading]
-    y_BHpE = F.scaled_dot_product_attention(q_BHpE, k_BHpE, v_BHpE, attn_mask=mask_pp, scale=scale)
-    if leading == offsets[-1]:
-        return y_BHpE
-    return torch.cat([y_BHpE, _attend_later(q_BHPE, k_BHPE, v_BHPE, scale, offsets[offsets.index(leading) :])], dim=2)
+
+    def __init__(self, layout: LevelLayout, length: int, like: Tensor) -> None:
+        together = max(TOGETHER, layout.sizes[0]) if like.device.type == "cpu" else length
+        offsets = [offset for offset in layout.offsets if offset <= length]
+        self._leading = max(offset for offset in offsets if offset <= together)
+        self._bounds = list(pairwise(offsets[offsets.index(self._leading) :]))
+        self._mask_pp = student_mask(layout, like.device)[: self._leading, : self._leading]
+        # Of the key and the value that mean "itself": the channels beyond the head's own.
+        self._own_key_2 = torch.tensor([1.0, 1.0], device=like.device)
+        self._own_value_2 = torch.tensor([1.0, 0.0], device=like.device)
+
+    def __call__(self, q_BHPE: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, scale: float) -> Tensor:
+        """See :data:`ddops.models.var.Attend`."""
+        q_BHPE, k_BHPE = q_BHPE.to(v_BHPE.dtype), k_BHPE.to(v_BHPE.dtype)
+        q_BHpE, k_BHpE, v_BHpE = (x_BHPE[:, :, : self._leading] for x_BHPE in (q_BHPE, k_BHPE, v_BHPE))
+        y_BHpE = F.scaled_dot_product_attention(q_BHpE, k_BHpE, v_BHpE, attn_mask=self._mask_pp, scale=scale)
+        if not self._bounds:
+            return y_BHpE
+        width, last = v_BHPE.shape[-1], self._bounds[-1][0]
+        q_BHlE, v_BHlE = q_BHPE[:, :, self._leading :], v_BHPE[:, :, self._leading :]
+        score_BHl1 = (q_BHlE.float() * k_BHPE[:, :, self._leading :].float()).sum(-1, keepdim=True)
+        digits_BHl1 = score_BHl1.to(q_BHlE.dtype)
+        queries_BHlX = torch.cat([q_BHlE, digits_BHl1, (score_BHl1 - digits_BHl1).to(q_BHlE.dtype)], dim=-1)
+        keys_BHKX = _after(self._own_key_2, k_BHPE[:, :, :last])
+        values_BHKX = _after(self._own_value_2, v_BHPE[:, :, :last])
+        levels = [
+            F.scaled_dot_product_attention(
+                queries_BHlX[:, :, start - self._leading : stop - self._leading],
+                keys_BHKX[:, :, : 1 + start],
+                values_BHKX[:, :, : 1 + start],
+                scale=scale,
+            )
+            for start, stop in self._bounds
+        ]
+        y_BHlX = torch.cat(levels, dim=2)
+        y_BHlE = torch.addcmul(y_BHlX[..., :width], y_BHlX[..., width : width + 1], v_BHlE)
+        return torch.cat([y_BHpE, y_BHlE], dim=2)
 
 
-def _attend_later(q_BHPE: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, scale: float, offsets: list[int]) -> Tensor:
-    """The levels that ``offsets`` bound, (B, H, positions, E)."""
-    width, first, last = v_BHPE.shape[-1], offsets[0], offsets[-2]
-    q_BHlE, v_BHlE = q_BHPE[:, :, first:], v_BHPE[:, :, first:]
-    score_BHl1 = (q_BHlE.float() * k_BHPE[:, :, first:].float()).sum(-1, keepdim=True)
-    leading_BHl1 = score_BHl1.to(q_BHPE.dtype)
-    remainder_BHl1 = (score_BHl1 - leading_BHl1).to(q_BHPE.dtype)
-    queries_BHlX = torch.cat([q_BHlE, leading_BHl1, remainder_BHl1], dim=-1)
-    ones, zeros = torch.ones_like(q_BHPE[:, :, :1, :1]), torch.zeros_like(q_BHPE[:, :, :1])
-    keys_BHKX = torch.cat([torch.cat([zeros, ones, ones], -1), F.pad(k_BHPE[:, :, :last], (0, 2))], dim=2)
-    values_BHKX = torch.cat([torch.cat([zeros, ones, 0 * ones], -1), F.pad(v_BHPE[:, :, :last], (0, 2))], dim=2)
-    levels = [
-        F.scaled_dot_product_attention(
-            queries_BHlX[:, :, start - first : stop - first],
-            keys_BHKX[:, :, : 1 + start],
-            values_BHKX[:, :, : 1 + start],
-            scale=scale,
-        )
-        for start, stop in pairwise(offsets)
-    ]
-    y_BHlX = torch.cat(levels, dim=2)
-    return torch.addcmul(y_BHlX[..., :width], y_BHlX[..., width : width + 1], v_BHlE)
+def _after(channels_2: Tensor, x_BHKE: Tensor) -> Tensor:
+    """``x_BHKE`` with two channels of zeros, after a row of zeros with ``channels_2`` in them: (B, H, 1 + K, E + 2)."""
+    row_X = F.pad(channels_2.to(x_BHKE.dtype), (x_BHKE.shape[-1], 0))
+    return torch.cat([row_X.expand(*x_BHKE.shape[:2], 1, -1), F.pad(x_BHKE, (0, 2))], dim=2)

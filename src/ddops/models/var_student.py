@@ -15,7 +15,7 @@ from ddops.config.models import VARConfig
 from ddops.models.conditions import Condition
 from ddops.models.interface import Student, StudentOutput, StudentSession, Teacher
 from ddops.models.layout import LevelLayout, noise_data_rows
-from ddops.models.level_attention import attend_by_levels, student_mask
+from ddops.models.level_attention import LevelAttention, student_mask
 from ddops.models.var import (
     VARTeacher,
     VARTransformer,
@@ -131,7 +131,7 @@ class VARStudentSession(StudentSession):
         """See :meth:`StudentSession.predict`."""
         transformer, positions = self._student.transformer, x_BlC.shape[1] + 1
         first_PD, *block_terms, head_PD = (noise_data_rows(table, given + 1, positions) for table in self._tables)
-        attend = partial(attend_by_levels, layout=transformer.layout)
+        attend = LevelAttention(transformer.layout, positions, x_BlC)
         x_BPD = transformer.embed_sequence(self._cond_BD, x_BlC) + first_PD
         for block, vectors_B16D, term_PD in zip(transformer.blocks, self._vectors.blocks, block_terms, strict=True):
             x_BPD = block(x_BPD, vectors_B16D, attend, between_BlD=term_PD)
