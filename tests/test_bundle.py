@@ -22,7 +22,7 @@ from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import EngineFacts, read_manifest, write_manifest
 from ddops.export.provenance import dvc_md5, provenance
 from ddops.export.tensorrt import Machine, choose_engine, library_version, targets
-from ddops.inference import OneStepPipeline
+from ddops.inference import OneStepPipeline, backends
 from ddops.inference.seeds import to_pixels
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.weights_dd2 import as_backbone, save_generator
@@ -77,6 +77,25 @@ def test_more_steps_in_pytorch_and_a_refusal_where_the_graph_has_one(bundle, pip
         pipe([3], steps=2)
     with pytest.raises(BundleError, match="3 steps: this student takes 1 to 2"):
         two([3], steps=3)
+
+
+def test_in_bfloat16_the_images_stay_what_they_are_but_for_rounding(bundle):
+    """Most pixels are within a few levels; where rounding decides a token otherwise, some are not."""
+    pipe = OneStepPipeline.from_pretrained(bundle, backend="torch", precision="bfloat16")
+    labels = list(range(10)) * 2
+    difference = np.abs(pixels(pipe, labels, seed=2) - expected(labels, 2, (0,)))
+    assert 0 < difference.mean() < 2
+    assert np.quantile(difference, 0.95) <= 4
+
+
+def test_bfloat16_is_refused_where_it_changes_the_images(bundle, monkeypatch):
+    monkeypatch.setattr(backends, "BFLOAT16_BOUNDS", (80.0, 0.97))
+    with pytest.raises(BundleError, match=r"draws other images: PSNR [\d.]+ dB.* at least 80 dB and 97%"):
+        OneStepPipeline.from_pretrained(bundle, backend="torch", precision="bfloat16")
+    with pytest.raises(BundleError, match=r"precision bfloat16 is for backend torch; that of onnx was decided"):
+        OneStepPipeline.from_pretrained(bundle, precision="bfloat16")
+    with pytest.raises(BundleError, match="no precision 'float8'; valid: float32, bfloat16"):
+        OneStepPipeline.from_pretrained(bundle, backend="torch", precision="float8")
 
 
 def test_an_image_depends_on_its_seed_place_and_label_alone(pipe):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddops.evaluation.drawing import sample_noise
+from ddops.export.graph import OneStepGraph
 from ddops.models import level_attention
 from ddops.models.interface import FullPasses, Student
 from ddops.models.layout import LevelLayout, noise_data_rows
 from ddops.models.level_attention import LevelAttention, student_mask
+from ddops.models.reduced import to_bfloat16
 from ddops.models.var import attend_masked
 from ddops.models.var_student import VARStudent
 from ddops.sampling.few_step import sample_student
@@ -174,3 +177,26 @@ def test_data_rows_come_first() -> None:
     table_2D = torch.tensor([[0.0, 10.0], [1.0, 11.0]])
     assert noise_data_rows(table_2D, 1, 3).tolist() == [[1, 11], [0, 10], [0, 10]]
     assert noise_data_rows(table_2D, 0, 1).tolist() == [[0, 10]]
+
+
+@FAMILIES
+@torch.inference_mode()
+def test_in_bfloat16_products_are_rounded_and_heads_are_not(family: str) -> None:
+    """Read off what each layer takes and gives; and most tokens fall as they did."""
+    teacher, student = untrained(family)
+    graph = OneStepGraph(student, copy.deepcopy(teacher.tokenizer), (0,), student.layout.num_levels // 2).eval()
+    expected_ids = graph.draw(noise_for(family), LABELS)[1]
+    rounded = to_bfloat16(copy.deepcopy(graph), graph.whole_modules)
+    kinds: dict[str, torch.dtype] = {}
+    for name, module in rounded.named_modules():
+        if type(module) in (nn.Linear, nn.Conv2d):  # and not VAR's phi, which mixes a convolution with its input
+            module.register_forward_hook(lambda _, __, output, name=name: kinds.__setitem__(name, output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        images_BIHW, ids_Bn = rounded.draw(noise_for(family), LABELS)
+    assert images_BIHW.dtype == torch.float32
+    for name, kind in kinds.items():
+        whole = any(name.startswith(f"{module}.module") for module in graph.whole_modules)
+        assert kind == (torch.float32 if whole else torch.bfloat16), name
+    assert sum(kind == torch.bfloat16 for kind in kinds.values()) > 10
+    assert sum(kind == torch.float32 for kind in kinds.values()) == 3  # two heads, the decoder's last convolution
+    assert (ids_Bn == expected_ids).double().mean() > 0.9

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ddops.export.errors import BundleError
 from ddops.export.manifest import MODEL, STUDENT_FILE, TOKENIZER_FILE, Manifest, model_digests, verify_files
-from ddops.sampling.noise import NOISE_VERSION
+from ddops.sampling.noise import NOISE_VERSION, Stream, normals_array
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -29,9 +29,15 @@ class Backend(ABC):
 
 
 class TorchBackend(Backend):
-    """The weights in PyTorch: any device it has, any number of steps the student was trained for."""
+    """The weights in PyTorch: any device it has, any number of steps the student was trained for.
 
-    def __init__(self, directory: Path, manifest: Manifest, device: str, steps: int) -> None:
+    In ``bfloat16`` products are rounded (:mod:`ddops.models.reduced`), and the first images are drawn both ways: where
+    they differ by more than ``BFLOAT16_BOUNDS``, the precision is refused.
+    """
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, device: str, steps: int, precision: str = "float32"
+    ) -> None:
         import torch
 
         from ddops.export.bundle import load_graph
@@ -39,14 +45,41 @@ class TorchBackend(Backend):
         verify_files(directory, {name: manifest.files[name] for name in (STUDENT_FILE, TOKENIZER_FILE)})
         starts = manifest.model.start_positions[:steps]
         graph = load_graph(directory / STUDENT_FILE, directory / TOKENIZER_FILE, starts, manifest.model.logit_prefix)
-        self._torch, self._device = torch, torch.device(device)
+        self._torch, self._device, self._half = torch, torch.device(device), False
         self._graph = graph.to(self._device)
+        if precision == "bfloat16":
+            self._round_weights(directory)
 
     def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
-        with self._torch.inference_mode():
-            inputs = (self._torch.from_numpy(values).to(self._device) for values in (noise_BLC, labels_B))
-            images: Floats = self._graph(*inputs).cpu().numpy()
+        images, _ = self._draw(noise_BLC, labels_B)
         return images
+
+    def _draw(self, noise_BLC: Floats, labels_B: Labels) -> tuple[Floats, Labels]:
+        """Images, and the tokens that an argmax decided."""
+        torch = self._torch
+        inputs = (torch.from_numpy(values).to(self._device) for values in (noise_BLC, labels_B))
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            images_BIHW, ids_Bn = self._graph.draw(*inputs)
+        return images_BIHW.float().cpu().numpy(), ids_Bn.cpu().numpy()
+
+    def _round_weights(self, directory: Path) -> None:
+        """Raises BundleError where the images change by more than ``BFLOAT16_BOUNDS``."""
+        from ddops.export.parity import ParityBounds, broken_bounds, compare
+        from ddops.models.reduced import to_bfloat16
+
+        student = self._graph.student
+        labels_B = np.arange(BFLOAT16_IMAGES) % student.num_conditions
+        shape = student.layout.length, self._graph.codebook_VC.shape[1]
+        noise_BLC = normals_array(0, Stream.SAMPLE_NOISE, np.arange(BFLOAT16_IMAGES), shape)
+        expected = self._draw(noise_BLC, labels_B)
+        self._graph, self._half = to_bfloat16(self._graph, self._graph.whole_modules), True
+        parity = compare(expected, self._draw(noise_BLC, labels_B))
+        if broken_bounds(parity, ParityBounds(None, *BFLOAT16_BOUNDS)):
+            raise BundleError(
+                f"{directory}: in bfloat16 it draws other images: PSNR {parity.psnr:.1f} dB, {parity.equal_tokens:.1%} "
+                f"of the tokens equal; at least {BFLOAT16_BOUNDS[0]:g} dB and {BFLOAT16_BOUNDS[1]:.0%} are asked for. "
+                "Use precision float32"
+            )
 
 
 class OnnxBackend(Backend):
@@ -80,6 +113,11 @@ class TensorRTBackend(Backend):
 
 
 BACKENDS: Final = ("torch", "onnx", "tensorrt")
+PRECISIONS: Final = ("float32", "bfloat16")
+BFLOAT16_IMAGES: Final = 4
+"""How many images are drawn in both precisions before bfloat16 is used."""
+BFLOAT16_BOUNDS: Final = (25.0, 0.97)
+"""PSNR and share of equal tokens that are asked for then *(ours)*: a token in a hundred may fall otherwise."""
 DEFAULT_DEVICE: Final = {"torch": "cpu", "onnx": "cpu", "tensorrt": "cuda"}
 
 
@@ -91,15 +129,19 @@ def load_backend(
     device: str | None = None,
     steps: int | None = None,
     threads: int = 0,
+    precision: str = "float32",
 ) -> Backend:
     """A backend by name; ``steps`` None takes as many as the exported graph does, ``threads`` 0 the library's choice.
+    ``precision`` bfloat16 is for backend torch; the others' is in the graph.
 
     Raises:
-        BundleError: unknown backend or device, a damaged file, a number of steps it cannot take, noise of another
-            construction, or no engine for this machine. MissingExtra: its packages are not installed.
+        BundleError: unknown backend, device or precision, a damaged file, a number of steps it cannot take, noise of
+            another construction, or no engine for this machine. MissingExtra: its packages are not installed.
     """
     if name not in BACKENDS:
         raise BundleError(f"no backend {name!r}; valid: {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise BundleError(f"no precision {precision!r}; valid: {', '.join(PRECISIONS)}")
     model = manifest.model
     if model.noise != NOISE_VERSION:
         raise BundleError(f"the bundle's images are of noise {model.noise!r}, this ddops makes {NOISE_VERSION!r}")
@@ -107,7 +149,9 @@ def load_backend(
     if name == "torch":
         if not 1 <= steps <= len(model.start_positions):
             raise BundleError(f"{steps} steps: this student takes 1 to {len(model.start_positions)}")
-        return TorchBackend(directory, manifest, device, steps)
+        return TorchBackend(directory, manifest, device, steps, precision)
+    if precision != "float32":
+        raise BundleError(f"precision {precision} is for backend torch; that of {name} was decided at the export")
     if steps != model.steps:
         raise BundleError(
             f"{steps} steps: the exported graph takes {model.steps}; use backend torch, or export with "

@@ -40,11 +40,19 @@ class OneStepPipeline:
     """A distilled generator. The picture of (seed, place in the list, label) does not depend on the others of a call,
     nor on the backend beyond the tolerance that the bundle's export was held to."""
 
-    def __init__(self, directory: Path, *, backend: str = "onnx", device: str | None = None, threads: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        backend: str = "onnx",
+        device: str | None = None,
+        threads: int = 0,
+        precision: str = "float32",
+    ) -> None:
         """A pipeline on a bundle's directory; raises BundleError."""
         self.directory = directory
         self.manifest: Manifest = read_manifest(directory)
-        self.backend, self.device, self._threads = backend, device, threads
+        self.backend, self.device, self.precision, self._threads = backend, device, precision, threads
         self._loaded: dict[int, Backend] = {}
         self._load(self.manifest.model.steps)
 
@@ -56,9 +64,11 @@ class OneStepPipeline:
         backend: str = "onnx",
         device: str | None = None,
         threads: int = 0,
+        precision: str = "float32",
         revision: str | None = None,
     ) -> OneStepPipeline:
-        """A pipeline from a bundle: a directory, or ``owner/name`` on the Hugging Face hub.
+        """A pipeline from a bundle: a directory, or ``owner/name`` on the Hugging Face hub. Backend torch also takes
+        ``precision="bfloat16"``, where the images allow it.
 
         Raises:
             BundleError: neither of the two, or the bundle cannot be used here; says why.
@@ -68,7 +78,7 @@ class OneStepPipeline:
             if not HUB_ID.fullmatch(str(path_or_id)):
                 raise BundleError(f"{path_or_id}: no such directory, and not of the form owner/name either")
             directory = _download(str(path_or_id), revision)
-        return cls(directory, backend=backend, device=device, threads=threads)
+        return cls(directory, backend=backend, device=device, threads=threads, precision=precision)
 
     def __call__(
         self,
@@ -136,7 +146,13 @@ class OneStepPipeline:
     def _load(self, steps: int) -> Backend:
         if steps not in self._loaded:
             self._loaded[steps] = load_backend(
-                self.directory, self.manifest, self.backend, device=self.device, steps=steps, threads=self._threads
+                self.directory,
+                self.manifest,
+                self.backend,
+                device=self.device,
+                steps=steps,
+                threads=self._threads,
+                precision=self.precision,
             )
         return self._loaded[steps]
 
