@@ -1,0 +1,133 @@
+"""DD2's choices one by one: each variant trains its generator from the same teacher, trajectories and DD1 student.
+
+    python benchmarks/dd2_variants.py WORKSPACE --output benchmarks/results/dd2_choices.json --override KEY=VALUE
+
+WORKSPACE is where the stages up to ``distill_dd1`` (and ``ar_diffusion``) ran; nothing there is changed. Overrides are
+those that it was run with, and the budget of all variants, e.g. ``dd2.training.steps=20``. Run it again to go on:
+finished variants are kept, a killed one resumes. FIDs are those of the stage's own curves (``dd2.evaluate_count``
+samples of one seed), costs are counted in passes of the teacher over a whole sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from ddops.config.dd2 import TrainedARDiffusionConfig, TrainedDD2Config
+from ddops.config.load import compose, validate, write_params
+from ddops.config.stages import Config, TrainedDD1Config
+from ddops.evaluation.report import read_curve
+from ddops.files import write_json
+
+PAPERS: Final = ("dd2.guidance.start=ar_diffusion", "dd2.output=embeddings", "dd2.anchor_weight=0.0")
+VARIANTS: Final[dict[str, tuple[str, ...]]] = {
+    "as the preset": (),
+    "no anchor": ("dd2.anchor_weight=0.0",),
+    "start: teacher": ("dd2.start=teacher",),
+    "start: ar_diffusion": ("dd2.start=ar_diffusion", "dd2.anchor_weight=0.0"),
+    "the paper's": ("dd2.start=ar_diffusion", *PAPERS),
+    "guidance network: ar_diffusion": ("dd2.guidance.start=ar_diffusion",),
+    "1 guidance update": ("dd2.guidance.updates=1",),
+    "5 guidance updates": ("dd2.guidance.updates=5",),
+    "flow matching": ("ar_diffusion.target=flow_matching",),
+    "ground-truth score": (),
+}
+AR_DIFFUSION: Final = ("flow matching", "ground-truth score")
+"""Variants of the AR-diffusion model alone."""
+GIVEN: Final = (
+    "artifacts/features",
+    "artifacts/teacher",
+    "data/trajectories",
+    "artifacts/dd1",
+    "artifacts/ar_diffusion",
+)
+CURVES: Final = {
+    "distill_dd2": ("dd2", ("fid_1step", "fid_2step", "recall", "diversity", "kl")),
+    "ar_diffusion": ("ar_diffusion", ("fid", "excess")),
+}
+BACKWARD: Final = 2.0
+"""Of a backward pass, in forward passes."""
+
+
+def training_passes(config: Config) -> dict[str, float]:
+    """Sequences' passes through a transformer of the teacher's size, of each stage for its whole training; a guided
+    teacher counts twice, heads and tokenizer do not count."""
+    guided = 2.0 if config.sampling.guidance else 1.0
+    passes = {"trajectories": guided * config.trajectories.count}
+    if isinstance(dd1 := config.dd1, TrainedDD1Config):
+        passes["distill_dd1"] = dd1.training.steps * dd1.training.batch_size * (1 + BACKWARD)
+    if isinstance(ar := config.ar_diffusion, TrainedARDiffusionConfig):
+        passes["ar_diffusion"] = ar.training.steps * ar.training.batch_size * (guided + 1 + BACKWARD)
+    if isinstance(dd2 := config.dd2, TrainedDD2Config):
+        guidance = dd2.guidance.batch_size * (1 + 1 + BACKWARD)
+        anchor = 1 + BACKWARD if dd2.anchor_weight else 0.0
+        update = dd2.training.batch_size * (1 + BACKWARD + guided + 1 + anchor)
+        passes["dd2_alignment"] = dd2.guidance.alignment_steps * guidance
+        passes["dd2_update"] = dd2.guidance.updates * guidance + update
+    return passes
+
+
+def run_variant(name: str, workspace: Path, place: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Curves, cost and CPU seconds of one variant; raises SystemExit where its stage fails."""
+    stage = "ar_diffusion" if name in AR_DIFFUSION else "distill_dd2"
+    for given in GIVEN:
+        if given != f"artifacts/{stage}" and (workspace / given).exists():
+            link = place / given
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to((workspace / given).resolve(), target_is_directory=True)
+    write_params(values, place / "params.yaml")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    if subprocess.run([sys.executable, "-m", f"ddops.stages.{stage}"], cwd=place, check=False).returncode:
+        raise SystemExit(f"{name}: {stage} failed in {place}; run the same command again to go on")
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    directory, names = CURVES[stage]
+    files = [place / "reports/curves" / directory / "plots/metrics" / f"{curve}.tsv" for curve in names]
+    curves = {file.stem: dict(zip(*read_curve(file), strict=True)) for file in files if file.exists()}
+    return {"overrides": list(VARIANTS[name]), "cpu_seconds": round(seconds, 1), "curves": curves}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--preset", default="digits")
+    parser.add_argument("--params", type=Path, default=Path("params"))
+    parser.add_argument("--work", type=Path, default=Path(".ddops/dd2_variants"), help="where the variants run")
+    parser.add_argument("--override", action="append", default=[], dest="overrides", metavar="section.key=value")
+    arguments = parser.parse_args()
+    known = {"preset": arguments.preset, "overrides": arguments.overrides}
+    result: dict[str, Any] = {"command": " ".join(sys.argv), **known, "variants": {}}
+    if arguments.output.exists():
+        earlier = json.loads(arguments.output.read_text())
+        if any(earlier[key] != value for key, value in known.items()):
+            raise SystemExit(f"{arguments.output} is of other settings: {earlier['preset']} {earlier['overrides']}")
+        result["variants"] = earlier["variants"]
+    result["date"] = datetime.now(UTC).date().isoformat()
+    result["machine"] = f"{platform.system()} {platform.machine()}, shared"
+    for name in arguments.only:
+        values = compose(arguments.params, [f"preset={arguments.preset}", *arguments.overrides, *VARIANTS[name]])
+        if name not in result["variants"]:
+            place = arguments.work / name.replace(" ", "_").replace(":", "").replace("'", "")
+            found = run_variant(name, arguments.workspace, place, values)
+            result["variants"][name] = {**found, "passes": training_passes(validate(values, name))}
+            write_json(arguments.output, result)
+    for name, found in result["variants"].items():
+        shown = "; ".join(
+            f"{curve} " + " / ".join(f"{value:.3g}" for value in points.values())
+            for curve, points in found["curves"].items()
+            if curve.startswith("fid")
+        )
+        print(f"{name}: {shown} ({found['cpu_seconds']} CPU s)")
+
+
+if __name__ == "__main__":
+    main()
