@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("part", nargs="*", help="measure: PRESET KIND BATCH [CONTESTANT ...]; launches: PRESET")
     parser.add_argument("--device", choices=tuple(KINDS), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="no round that warms up: where it has been measured before")
     parser.add_argument("--params", type=Path, default=Path("params"))
     parser.add_argument("--work", type=Path, default=Path(".ddops/lean"), help="where exported graphs are kept")
     parser.add_argument("--output", type=Path, required=True)
@@ -123,7 +124,7 @@ def measure(
     runs = {name: contest.build(name) for name in names}
     part = results["parts"].setdefault(f"{preset} {kind} {batch}", {})
     outputs = {}
-    for name, run in runs.items():  # the round that warms up
+    for name, run in runs.items() if not arguments.cold else ():  # the round that warms up
         with FlopCounterMode(display=False) if counts_flops(name) else nullcontext() as counter:
             outputs[name] = run()
         if counter is not None:
