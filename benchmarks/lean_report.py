@@ -53,14 +53,14 @@ def ratio(figures: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def baseline(name: str, part: dict[str, Any]) -> str | None:
-    """What a contestant is compared with: the teacher, or the released code's way with as many steps."""
-    teacher = "teacher_bf16" if "bf16" in name else "teacher"
-    if teacher in part:
-        return teacher
+    """What a contestant is compared with: the teacher, or the released code's way with as many steps; of the same
+    precision where that was timed too."""
     steps = name.split("_")[1] if "_" in name else "1"
-    return next(
-        (base for base in (f"reference_{steps}_bf16", f"reference_{steps}", "reference_1") if base in part), None
-    )
+    ways = [way for way in ("teacher", f"reference_{steps}", "reference_1") if way in part or f"{way}_bf16" in part]
+    candidates = [f"{ways[0]}_bf16", ways[0]] if ways else []
+    if "bf16" not in name:
+        candidates.reverse()
+    return next((candidate for candidate in candidates if candidate in part), None)
 
 
 def tables(results: dict[str, Any]) -> list[str]:
