@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
+from ddops.captions.conditions import Conditions
 from ddops.config.load import ConfigError
 from ddops.distill.dd2 import check_diversity, token_divergence, within_class_spread
+from ddops.stages import paths
+from ddops.stages.dd2_watch import DD2Watch
 from ddops.training.errors import Collapsed
-from tiny import tiny
+from ddops.trajectories.dataset import TrajectoryBatch as Batch
+from tiny import tiny, untrained
 
 
 def test_divergence_by_hand():
@@ -54,3 +59,54 @@ def test_a_generator_without_variety_stops_the_stage():
 def test_choices_that_do_not_go_together_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         tiny("llamagen", *overrides)
+
+
+class Drawn:
+    """Trajectories that the generator itself would draw: its diversity is the teacher's."""
+
+    def __init__(self, teacher, student, spread=1.0):
+        noise_BLC = torch.randn(60, teacher.layout.length, teacher.codebook_VC.shape[1])
+        labels_B = torch.arange(60) % teacher.num_conditions
+        with torch.no_grad():
+            ids_BL = student(noise_BLC, labels_B, torch.zeros_like(labels_B)).logits_BLV.argmax(-1)
+        self.whole = Batch(labels_B, noise_BLC * spread, ids_BL)
+
+    def __len__(self):
+        return len(self.whole.labels_B)
+
+    def batch(self, indices_B):
+        return Batch(*(values[indices_B] for values in self.whole))
+
+
+def watch(fingerprint, **changes):
+    config = tiny("llamagen", "dd2.evaluate_count=60", "dd2.min_diversity=0.9")
+    teacher, student = untrained("llamagen")
+    torch.manual_seed(0)
+    dataset = Drawn(teacher, student, **changes)
+    return DD2Watch(teacher, dataset, config.dd1, config.dd2, Conditions(10), judged=False, fingerprint=fingerprint)
+
+
+def test_pictures_of_the_same_noise_wait_for_the_end_of_the_training(tmp_path, monkeypatch):
+    """A run that goes on finds those of the run that was killed; a run with other settings does not."""
+    monkeypatch.chdir(tmp_path)
+    student = untrained("llamagen")[1]
+    assert watch("one")(student, 20)["diversity"] == pytest.approx(1.0)
+    again = watch("one")
+    again(student, 40)
+    (tmp_path / "curves").mkdir()
+    again.keep_pictures(tmp_path / "curves")
+    files = sorted((tmp_path / "curves").iterdir())
+    assert [file.name for file in files] == ["samples_000020.png", "samples_000040.png"]
+    assert files[0].read_bytes() == files[1].read_bytes(), "one generator, one noise"
+    assert Image.open(files[0]).size == (10 * 27 + 3, 3 * 27 + 3)
+    assert not list(paths.STATE.iterdir())
+    watch("one")(student, 20)
+    watch("two")
+    assert not list(paths.STATE.rglob("*.png"))
+
+
+def test_the_watch_stops_a_generator_that_collapses_and_leaves_its_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Collapsed, match="min_diversity"):
+        watch("one", spread=0.0)(untrained("llamagen")[1], 20)
+    assert [file.name for file in paths.STATE.rglob("*.png")] == ["samples_000020.png"]
