@@ -114,7 +114,7 @@ def test_an_image_depends_on_its_seed_place_and_label_alone(pipe):
         ({"class_labels": ["otter"]}, "these classes have no names"),
         ({"class_labels": [1], "seed": -1}, "a seed is an integer in"),
         ({"class_labels": [1], "seed": 2**64}, "a seed is an integer in"),
-        ({"class_labels": [1, 2], "seed": [1]}, "1 seeds for 2 class labels"),
+        ({"class_labels": [1, 2], "seed": [1]}, "1 seeds for 2 images"),
     ],
 )
 def test_a_wrong_request_is_explained(pipe, arguments, message):

@@ -309,8 +309,8 @@ def test_the_stage_encodes_both_sets_and_says_what_encoded_them(tmp_path, monkey
     train, evaluate = CaptionSet(paths.TRAIN_CAPTIONS), CaptionSet(paths.EVALUATE_CAPTIONS)
     assert train.prompts == evaluate.prompts == describe(digits.load()).prompts
     facts = json.loads((paths.TEXT_ENCODER / "encoder.json").read_text())
-    assert (facts["name"], facts["length"], facts["width"]) == ("seeded", 8, 6)
-    assert set(facts["files"]) == {path.name for path in paths.TEXT_ENCODER.iterdir()} - {"encoder.json"}
+    assert (facts["encoder"]["name"], facts["length"], facts["width"]) == ("seeded", 8, 6)
+    assert set(facts["encoder"]["files"]) == {path.name for path in paths.TEXT_ENCODER.iterdir()} - {"encoder.json"}
     captions_stage(settings(length=8))
     assert contents(paths.CAPTIONS) == before
 

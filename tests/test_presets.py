@@ -31,6 +31,9 @@ TEACHERS = {
     "llamagen_xl_384": 774.70,
     "llamagen_xxl_384": 1410.97,
     "llamagen_3b_384": 3096.7,
+    # 774.70 less the classes' embedding, and the captions' two layers.
+    "llamagen_xl_t2i_256": 777.68,
+    "llamagen_xl_t2i_512": 777.68,
 }
 """Millions of parameters, as the authors or their code state them."""
 STUDENTS = {
@@ -92,7 +95,7 @@ def test_plan_states_the_published_sizes(
 
 def test_every_preset_of_the_issue_is_there_and_nothing_is_left_out() -> None:
     presets = {file.stem for file in (PARAMS / "preset").glob("*.yaml")}
-    assert presets - {"digits", "digits_var", "smoke"} == set(PUBLISHED)
+    assert presets - {"digits", "digits_t2i", "digits_var", "smoke"} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -125,6 +128,8 @@ def test_training_and_released_students_share_the_published_schedule(name: str) 
         ("llamagen_l_384", 2.0, 0, 1.0),
         ("llamagen_xl_384", 1.75, 0, 1.0),
         ("llamagen_3b_384", 1.65, 0, 1.0),
+        ("llamagen_xl_t2i_256", 7.5, 1000, 1.0),
+        ("llamagen_xl_t2i_512", 7.5, 1000, 1.0),
     ],
 )
 def test_sampling_settings(preset: str, guidance: float, top_k: int, top_p: float) -> None:

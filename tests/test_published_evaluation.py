@@ -112,7 +112,7 @@ def test_dd_50k_from_the_released_student_to_the_exported_graph(world: World, in
     assert len(samples.labels_N.unique()) == 10
 
     gate.gate(config.gate, config.evaluate, config.export)
-    export_onnx.export(config.preset, config.dd1, config.dd2, config.export)
+    export_onnx.export(config.preset, config.dd1, config.dd2, config.evaluate, config.export)
     report.report(config.preset, config.seed, config.export)
     assert json.loads(paths.EXPORT_METRICS.read_text())["parity"]["images"] == 2
     page = paths.REPORT.read_text()

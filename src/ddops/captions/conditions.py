@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddops.captions.errors import CaptionError
 from ddops.captions.store import CaptionSet
-from ddops.models.conditions import CaptionEmbedding, attach_captions
+from ddops.models.conditions import CaptionEmbedding, Condition, attach_captions
 
 
 class Conditions:
@@ -32,6 +32,10 @@ class Conditions:
         """Class of every condition, (K,); captions that speak of no classes are a class each."""
         known = None if self.captions is None else self.captions.classes
         return torch.arange(self.count) if known is None else torch.tensor(known)
+
+    def given(self, numbers_B: Tensor) -> Condition:
+        """What a model is handed where no prompt set is attached to it, as an exported graph is."""
+        return numbers_B if self.captions is None else self.captions.captions(numbers_B)
 
     def examples(self, classes_C: Tensor) -> Tensor:
         """The first condition of each class, (C,)."""

@@ -1,4 +1,5 @@
-"""The networks of transformers, in its one place: a T5 that encodes captions. An extra: ``ddops[t2i]``.
+"""The networks of transformers, in its one place: a T5 that encodes captions, and a CLIP that compares images with
+them. An extra: ``ddops[t2i]``.
 
 Loaded from a directory, without a network and without running code in it.
 """
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddops.captions.errors import CaptionError
 from ddops.config.captions import SeededEncoderConfig
 from ddops.torchvision_compat import define_missing_operators
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of the pixels that the published CLIP models were trained on."""
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
@@ -52,6 +56,50 @@ class TextEncoder:
             hidden_nW[mask_n.bool()].clone().cpu()
             for hidden_nW, mask_n in zip(hidden_BnW, tokens.attention_mask, strict=True)
         ]
+
+
+class ImageTextModel:
+    """A CLIP model (arXiv 2103.00020) and its tokenizer. Not for several threads at once."""
+
+    def __init__(self, directory: Path, device: torch.device | str = "cpu") -> None:
+        """From the files in ``directory``.
+
+        Raises:
+            CaptionError: transformers is not installed, or there is no CLIP model that it reads.
+        """
+        transformers = _transformers()
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            model = transformers.CLIPModel.from_pretrained(
+                directory, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise CaptionError(f"{directory}: holds no CLIP model that transformers reads: {error}") from error
+        self._model, self._device = model.eval().requires_grad_(False).to(device), device
+
+    @torch.inference_mode()
+    def similarity(self, images_BIHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine (B,) between each uint8 image and its prompt, float64 on the CPU.
+
+        Images are brought to the model's size (bicubic, antialiased) and normalised as the published models were
+        trained; prompts longer than the model takes are cut.
+        """
+        vision, text = self._model.config.vision_config, self._model.config.text_config
+        pixels_BIHW = images_BIHW.to(self._device).float().div(255)
+        if pixels_BIHW.shape[1] == 1:
+            pixels_BIHW = pixels_BIHW.expand(-1, 3, -1, -1)
+        size = (vision.image_size, vision.image_size)
+        pixels_BIHW = F.interpolate(pixels_BIHW, size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(values, device=self._device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        tokens = self._tokenizer(
+            list(prompts), max_length=text.max_position_embeddings, truncation=True, padding=True, return_tensors="pt"
+        ).to(self._device)
+        output = self._model(
+            pixel_values=(pixels_BIHW - mean) / std,
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+        )
+        return F.cosine_similarity(output.image_embeds.double(), output.text_embeds.double()).cpu()
 
 
 def write_seeded_encoder(directory: Path, config: SeededEncoderConfig, prompts: Iterable[str]) -> None:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddops.commands.arguments import CommandError
+from ddops.config.captions import EncodedCaptionsConfig
 from ddops.config.evaluation import ADM50kEvaluateConfig, DigitsEvaluateConfig, parse_row
+from ddops.config.models import ModelConfig
 from ddops.config.stages import Config, TrainedDD1Config
+from ddops.models.conditions import Captions, Condition
 from ddops.models.registry import build_student, build_teacher
 from ddops.trajectories.memory import fitting_batch, sample_bytes
 
@@ -92,11 +95,12 @@ def measure(config: Config) -> Measured:
     with torch.device("meta"), torch.no_grad():
         teacher, student = build_teacher(model), build_student(model)
         layout = teacher.layout
-        labels_B = torch.zeros(1, dtype=torch.long)
+        start_B = torch.zeros(1, dtype=torch.long)
         ids_BL = torch.zeros(1, layout.length, dtype=torch.long)
         x_BLC = torch.zeros(1, layout.length, model.code_dim)
-        one_pass = _flops(lambda: teacher.logits(labels_B, ids_BL))
-        student_pass = _flops(lambda: student(x_BLC, labels_B, labels_B).logits_BLV)
+        condition = _condition(model)
+        one_pass = _flops(lambda: teacher.logits(condition, ids_BL))
+        student_pass = _flops(lambda: student(x_BLC, condition, start_B).logits_BLV)
         decode = _flops(lambda: teacher.decode(x_BLC))
     guided = any(teacher.guidance_scale(sampling.guidance, level) != 1 for level in range(layout.num_levels))
     codes = model.codebook_size
@@ -112,6 +116,20 @@ def measure(config: Config) -> Measured:
         length=layout.length,
         largest_level=max(layout.sizes),
     )
+
+
+def _condition(model: ModelConfig) -> Condition:
+    """One, on the device in use: a class, or a caption that fills its tokens."""
+    captions = getattr(model, "captions", None)
+    if captions is None:
+        return torch.zeros(1, dtype=torch.long)
+    mask_BT = torch.ones(1, captions.length, dtype=torch.bool)
+    return Captions(torch.zeros(1, captions.length, captions.width), mask_BT)
+
+
+def caption_bytes(config: EncodedCaptionsConfig, width: int, prompts: int) -> int:
+    """Stored bytes of captions that fill their tokens: the most that they take."""
+    return prompts * config.length * width * (FLOAT if config.dtype == "float32" else 2)
 
 
 def trajectory_bytes(measured: Measured) -> int:

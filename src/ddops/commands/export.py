@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ddops.commands.arguments import CommandError, Subparsers, add_params
 from ddops.commands.workspace import find_workspace
+from ddops.stages import paths
 
 
 def register(commands: Subparsers) -> None:
@@ -62,7 +63,14 @@ def run_export(arguments: argparse.Namespace) -> None:
     from ddops.export.bundle import find_sources, write_bundle
     from ddops.export.provenance import provenance
 
-    sources = find_sources(workspace.student, workspace.tokenizer, config.dd1, config.dd2, export)
+    sources = find_sources(
+        workspace.student,
+        workspace.tokenizer,
+        workspace.root / paths.CAPTIONS,
+        config.dd1,
+        config.dd2,
+        export,
+    )
     facts = provenance(config.preset, export, workspace.student, workspace.root / "dvc.lock")
     parity = write_bundle(arguments.output, sources, export, facts)
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ddops.commands import estimates
 from ddops.commands.estimates import Device, Measured, ModelSize
+from ddops.config.captions import NoCaptionsConfig, SeededEncoderConfig
 from ddops.config.evaluation import ImageNetEvaluateConfig, InceptionFeaturesConfig, RemoteFile
 from ddops.config.stages import (
     Config,
@@ -55,6 +56,7 @@ def _stages(config: Config) -> list[str]:
     count, evaluate = config.trajectories.count, config.evaluate
     steps = {
         "features": _features(config),
+        "captions": _captions(config),
         "teacher": _teacher(config),
         "trajectories": f"{count:,} by the flow map" if count else "none",
         "distill_dd1": _distill(config),
@@ -72,6 +74,17 @@ def _features(config: Config) -> str:
     if isinstance(features, InceptionFeaturesConfig):
         return f"{_file(features.weights)}: Inception, layer {features.layer}"
     return "train the digits classifier"
+
+
+def _captions(config: Config) -> str:
+    captions = config.captions
+    if isinstance(captions, NoCaptionsConfig):
+        return "none: the teacher draws for classes"
+    encoder = captions.encoder
+    name = "a small T5 of random weights" if isinstance(encoder, SeededEncoderConfig) else encoder.repo
+    shape = getattr(config.teacher.model, "captions", None)
+    most = estimates.caption_bytes(captions, shape.width, 1_000_000) / 1e9 if shape else 0.0
+    return f"{name}, {captions.length} tokens a prompt, at most {most:.0f} GB a million prompts"
 
 
 def _evaluate(config: Config) -> str:

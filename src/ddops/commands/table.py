@@ -30,6 +30,7 @@ COLUMNS: Final = {
     "precision": "{:.3f}",
     "recall": "{:.3f}",
     "accuracy": "{:.1%}",
+    "clip_score": "{:.2f}",
     "ppl": "{:.3g}",
 }
 
@@ -133,7 +134,7 @@ def _open(config: Config) -> tuple[Ruler, Models, dict[str, str]]:
     from ddops.evaluation.rows import open_models
     from ddops.evaluation.ruler import open_ruler
     from ddops.files import sha256_file
-    from ddops.stages.statistics import statistics_file
+    from ddops.stages.statistics import asked, statistics_file
 
     files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, "dd1": paths.DD1_STUDENT}
     if config.dd2.source == "train":
@@ -143,7 +144,12 @@ def _open(config: Config) -> tuple[Ruler, Models, dict[str, str]]:
     for path in (*files.values(), paths.CLASSIFIER):
         if not path.exists():
             raise CommandError(f"{path}: missing; run dvc repro evaluate first")
-    ruler = open_ruler(config.evaluate, paths.CLASSIFIER, statistics_file(config.evaluate))
+    ruler = open_ruler(
+        config.evaluate,
+        paths.CLASSIFIER,
+        statistics_file(config.evaluate),
+        asked(config.evaluate, paths.EVALUATE_CAPTIONS),
+    )
     models = open_models(
         files, config.sampling, config.trajectories, config.dd1, config.ar_diffusion, config.dd2, paths.TRAJECTORIES
     )

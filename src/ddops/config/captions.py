@@ -72,9 +72,9 @@ class SeededEncoderConfig:
 
 @config
 class PublishedEncoderConfig:
-    """A published T5, fetched and verified as all weights are."""
+    """A published network of transformers', fetched and verified as all weights are."""
 
-    name: Literal["t5"]
+    name: Literal["t5", "clip"]
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
     revision: Annotated[str, Field(min_length=1)]
     files: Annotated[tuple[str, ...], Field(min_length=1)]

@@ -14,6 +14,7 @@ from ddops.config.base import (
     PositiveInt,
     config,
 )
+from ddops.config.captions import PublishedEncoderConfig
 from ddops.config.training import TrainingConfig
 
 ROW_PATTERNS: Final = {
@@ -158,8 +159,34 @@ class ADM50kEvaluateConfig(ImageNetEvaluateConfig):
     samples_per_class: PositiveInt
 
 
+@config
+class LocalFile:
+    """A file that nobody publishes: yours."""
+
+    path: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """What it must be, where that is known."""
+
+
+@config
+class T2IEvaluateConfig(EvaluateCommon):
+    """The protocol ``t2i_30k`` *(ours, after the text-to-image papers' habit)*: one image for each of 30,000 captions
+    (of COCO's validation images, usually), Inception's features against a file of statistics of the real images."""
+
+    protocol: Literal["t2i_30k"]
+    samples: PositiveInt
+    """The first prompts of ``captions.sets.evaluate``, an image each."""
+    statistics: LocalFile
+    """As of the other protocols: keys ``m`` and ``s``, or ``mu`` and ``sigma``."""
+    image_size: PositiveInt
+    resize: Literal["pytorch_fid", "tensorflow1"]
+    clip: PublishedEncoderConfig | None
+    """A CLIP model, of which every row then has a ``clip_score``."""
+
+
 EvaluateConfig = Annotated[
-    DigitsEvaluateConfig | DD50kEvaluateConfig | ADM50kEvaluateConfig, Field(discriminator="protocol")
+    DigitsEvaluateConfig | DD50kEvaluateConfig | ADM50kEvaluateConfig | T2IEvaluateConfig,
+    Field(discriminator="protocol"),
 ]
 
 

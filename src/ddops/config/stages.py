@@ -291,10 +291,16 @@ class Config:
             needs = "draws for classes" if shape is None else "draws for captions"
             raise ValueError(f"captions.source: {self.captions.source}, but the teacher {needs}")
         if shape is None or self.captions.source == "none":
+            if self.evaluate.protocol == "t2i_30k":
+                raise ValueError("evaluate.protocol: t2i_30k asks by captions, and the teacher draws for classes")
             return
+        if self.evaluate.protocol in ("dd_50k", "adm_50k"):
+            raise ValueError(f"evaluate.protocol: {self.evaluate.protocol} asks by classes, the teacher takes captions")
         if self.captions.length != shape.length:
             raise ValueError(f"captions.length: {self.captions.length}, but the teacher takes {shape.length} tokens")
         encoder = self.captions.encoder
+        if encoder.name == "clip":
+            raise ValueError("captions.encoder.name: clip encodes no captions here; valid: seeded, t5")
         if isinstance(encoder, SeededEncoderConfig) and encoder.width != shape.width:
             raise ValueError(f"captions.encoder.width: {encoder.width}, but the teacher takes {shape.width}")
         if "onestep_class" in self.evaluate.rows and self.captions.sets.train != self.captions.sets.evaluate:

@@ -17,9 +17,11 @@ from ddops.config.evaluation import (
     DD50kEvaluateConfig,
     DigitsEvaluateConfig,
     EvaluateConfig,
+    T2IEvaluateConfig,
 )
 from ddops.data import digits
 from ddops.data.digits import LabelledImages
+from ddops.evaluation.errors import MetricError
 from ddops.sampling.noise import Stream, integers
 
 
@@ -70,6 +72,27 @@ class ImageNetProtocol(Protocol):
         return self.config.image_size
 
 
+class T2IProtocol(Protocol):
+    """``t2i_30k``: the first prompts, an image each."""
+
+    def __init__(self, config: T2IEvaluateConfig) -> None:
+        self.config = config
+
+    def labels(self, seed: int, conditions: Conditions) -> Tensor:
+        if conditions.count < self.config.samples or conditions.captions is None or conditions.captions.classes:
+            raise MetricError(
+                f"t2i_30k asks for {self.config.samples} prompts without classes, captions.sets.evaluate holds "
+                f"{conditions.count}: give it more, or lower evaluate.samples"
+            )
+        return torch.arange(self.config.samples)
+
+    @property
+    def image_size(self) -> int | None:
+        return self.config.image_size
+
+
 def open_protocol(config: EvaluateConfig) -> Protocol:
     """The protocol that a configuration names."""
-    return DigitsProtocol(config) if isinstance(config, DigitsEvaluateConfig) else ImageNetProtocol(config)
+    if isinstance(config, DigitsEvaluateConfig):
+        return DigitsProtocol(config)
+    return T2IProtocol(config) if isinstance(config, T2IEvaluateConfig) else ImageNetProtocol(config)

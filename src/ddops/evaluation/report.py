@@ -41,6 +41,7 @@ FIGURES = {
     "precision": ("precision", "{:.3f}", "higher is better"),
     "recall": ("recall", "{:.3f}", "higher is better"),
     "accuracy": ("class accuracy", "{:.1%}", "higher is better"),
+    "clip_score": ("CLIP score", "{:.2f}", "higher is better"),
 }
 """Figures in the order of the page: heading, format, which way is better."""
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
+from ddops.captions.pretrained import ImageTextModel
 from ddops.config.base import plain
-from ddops.config.evaluation import DigitsEvaluateConfig, EvaluateConfig, ImageNetEvaluateConfig
+from ddops.config.evaluation import DigitsEvaluateConfig, EvaluateConfig, ImageNetEvaluateConfig, T2IEvaluateConfig
 from ddops.data import digits
 from ddops.evaluation.images import to_uint8
 from ddops.evaluation.inception import load_inception
@@ -23,7 +25,17 @@ from ddops.evaluation.moments import read_statistics
 from ddops.evaluation.samples import IMAGES, Samples, open_samples
 from ddops.files import sha256_file, sha256_json
 
+CLIP_WEIGHTS: Final = "model.safetensors"
 PACKAGES: Final = ("ddops", "torch", "torch-fidelity", "numpy")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts that images were asked for by, by number, and a CLIP model's directory where there is one."""
+
+    prompts: Sequence[str]
+    sha256: str
+    clip: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -33,10 +45,21 @@ class Ruler:
     config: EvaluateConfig
     judge: Judge
     reference: Reference
+    asked: Asked | None = None
 
     def figures(self, batches: Iterable[Tensor], labels_N: Tensor) -> dict[str, float]:
-        """Every figure of uint8 images (B, I, H, W) drawn for these labels; raises MetricError."""
-        return measure(look(self.judge, batches), labels_N, self.reference, self.judge, self.config)
+        """Every figure of uint8 images (B, I, H, W) drawn for these labels; raises MetricError.
+
+        ``clip_score`` is the mean of ``100 max(cos, 0)`` over the images and their prompts (arXiv 2104.08718, without
+        its factor of 2.5).
+        """
+        similarities: list[Tensor] = []
+        if self.asked is not None and self.asked.clip is not None:
+            batches = _compared(batches, labels_N, self.asked.prompts, ImageTextModel(self.asked.clip), similarities)
+        figures = measure(look(self.judge, batches), labels_N, self.reference, self.judge, self.config)
+        if similarities:
+            figures["clip_score"] = float(100 * torch.cat(similarities).clamp_min(0).mean())
+        return figures
 
     def facts(self) -> dict[str, Any]:
         """What every figure carries."""
@@ -44,6 +67,15 @@ class Ruler:
         if isinstance(self.config, ImageNetEvaluateConfig):
             labels = "as many of every class" if self.config.protocol == "adm_50k" else "drawn at random"
             own = {"labels": labels, "image_size": self.config.image_size, "resize": self.config.resize}
+        if isinstance(self.config, T2IEvaluateConfig) and self.asked is not None:
+            clip = self.asked.clip
+            own = {
+                "labels": "a prompt each",
+                "image_size": self.config.image_size,
+                "resize": self.config.resize,
+                "prompts_sha256": self.asked.sha256,
+                "clip_sha256": None if clip is None else sha256_file(clip / CLIP_WEIGHTS),
+            }
         return {
             "name": self.config.protocol,
             "features": self.judge.name,
@@ -59,9 +91,9 @@ class Ruler:
         }
 
 
-def open_ruler(config: EvaluateConfig, judge_file: Path, statistics: Path | None) -> Ruler:
+def open_ruler(config: EvaluateConfig, judge_file: Path, statistics: Path | None, asked: Asked | None = None) -> Ruler:
     """The ruler of a protocol, with the weights that the stage ``features`` wrote and, for a published protocol, its
-    file of statistics.
+    file of statistics; for one that asks by prompts, those.
 
     Raises:
         CheckpointError: other weights.
@@ -75,7 +107,20 @@ def open_ruler(config: EvaluateConfig, judge_file: Path, statistics: Path | None
     judge = load_inception(judge_file, config.resize, sha256_file(judge_file))
     images = _images_in(statistics)
     features_NF = None if images is None else look(judge, images.batches(config.batch_size)).features_NF
-    return Ruler(config, judge, Reference(read_statistics(statistics), features_NF, sha256_file(statistics)))
+    reference = Reference(read_statistics(statistics), features_NF, sha256_file(statistics))
+    return Ruler(config, judge, reference, asked)
+
+
+def _compared(
+    batches: Iterable[Tensor], labels_N: Tensor, prompts: Sequence[str], clip: ImageTextModel, into: list[Tensor]
+) -> Iterator[Tensor]:
+    """The batches as they are, each compared with its prompts on the way."""
+    first = 0
+    for images_BIHW in batches:
+        numbers = labels_N[first : first + len(images_BIHW)].tolist()
+        into.append(clip.similarity(images_BIHW, [prompts[number] for number in numbers]))
+        first += len(images_BIHW)
+        yield images_BIHW
 
 
 def _digits_reference(judge: Judge, batch_size: int) -> Reference:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddops.export.errors import BundleError
-from ddops.export.manifest import INPUT_NAMES, OUTPUT_NAME, Manifest, verify_files
+from ddops.export.manifest import OUTPUT_NAME, Manifest, verify_files
 from ddops.export.tensorrt import Flavour, choose_engine, import_flavour, this_machine
 
 
@@ -35,18 +35,20 @@ class EngineSession:
         self._stream = torch.cuda.Stream()
         model, batch = manifest.model, self.facts.profile.max
         image = (model.image_channels, model.image_size, model.image_size)
-        self._noise_BLC = torch.empty(batch, model.length, model.code_dim, device="cuda")
-        self._labels_B = torch.empty(batch, dtype=torch.int64, device="cuda")
+        self._inputs = {
+            name: torch.empty(batch, *shape, dtype=getattr(torch, dtype), device="cuda")
+            for name, (shape, dtype) in model.inputs.items()
+        }
         self._images_BIHW = torch.empty(batch, *image, device="cuda")
 
-    def run(self, noise_BLC: NDArray[np.float32], labels_B: NDArray[np.int64]) -> NDArray[np.float32]:
+    def run(self, noise_BLC: NDArray[np.float32], *condition: NDArray[Any]) -> NDArray[np.float32]:
         """Images (B, I, H, W) in [-1, 1]; raises ValueError for a batch outside the engine's profile."""
-        batch, profile = len(labels_B), self.facts.profile
+        batch, profile = len(noise_BLC), self.facts.profile
         if not profile.min <= batch <= profile.max:
             raise ValueError(f"a batch of {batch}: {self.facts.file} is built for {profile.min} to {profile.max}")
         with torch.cuda.stream(self._stream):
-            self._feed(INPUT_NAMES[0], self._noise_BLC, noise_BLC)
-            self._feed(INPUT_NAMES[1], self._labels_B, labels_B)
+            for (name, buffer), values in zip(self._inputs.items(), (noise_BLC, *condition), strict=True):
+                self._feed(name, buffer, values)
             self._context.set_tensor_address(OUTPUT_NAME, self._images_BIHW.data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise BundleError(f"{self.facts.file}: the engine failed to run")

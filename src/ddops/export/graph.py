@@ -1,16 +1,20 @@
-"""What is exported: noise and class label in, images out, one student pass a step and one decoder pass."""
+"""What is exported: noise and class label, or encoded caption, in; images out. One student pass a step and one decoder
+pass."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ddops.models.conditions import Captions, Condition
 from ddops.models.interface import Student, Tokenizer
 from ddops.sampling.few_step import sample_sequence
 
 
 class OneStepGraph(nn.Module):
     """Student and image decoder as one module: ``(noise_BLC, class_label_B) -> images_BIHW`` clamped to [-1, 1]."""
+
+    input_names: tuple[str, ...] = ("noise", "class_label")
 
     def __init__(
         self, student: Student, tokenizer: Tokenizer, start_positions: tuple[int, ...], logit_prefix: int
@@ -33,9 +37,27 @@ class OneStepGraph(nn.Module):
         """Images (B, I, H, W) in [-1, 1]."""
         return self.draw(noise_BLC, class_label_B)[0]
 
-    def draw(self, noise_BLC: Tensor, class_label_B: Tensor) -> tuple[Tensor, Tensor]:
+    def condition(self, class_label_B: Tensor) -> Condition:
+        """What :meth:`draw` takes, from the inputs besides the noise."""
+        return class_label_B
+
+    def draw(self, noise_BLC: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         """The images, and the tokens (B, n) that an argmax decided."""
         q_BLC, ids_Bn = sample_sequence(
-            self.student, self.codebook_VC, noise_BLC, class_label_B, self.start_positions, self.logit_prefix
+            self.student, self.codebook_VC, noise_BLC, condition, self.start_positions, self.logit_prefix
         )
         return self.tokenizer.decode(q_BLC).clamp(-1, 1), ids_Bn
+
+
+class CaptionGraph(OneStepGraph):
+    """``(noise_BLC, caption_features_BTW, caption_mask_BT) -> images_BIHW``: the text encoder is not part of it."""
+
+    input_names = ("noise", "caption_features", "caption_mask")
+
+    def forward(self, noise_BLC: Tensor, caption_features_BTW: Tensor, caption_mask_BT: Tensor) -> Tensor:  # type: ignore[override]
+        """Images (B, I, H, W) in [-1, 1]."""
+        return self.draw(noise_BLC, self.condition(caption_features_BTW, caption_mask_BT))[0]
+
+    def condition(self, caption_features_BTW: Tensor, caption_mask_BT: Tensor) -> Condition:  # type: ignore[override]
+        """See :meth:`OneStepGraph.condition`."""
+        return Captions(caption_features_BTW, caption_mask_BT)

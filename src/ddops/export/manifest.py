@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -18,17 +18,50 @@ MODEL: Final = "model.onnx"
 STUDENT_FILE: Final = "student.safetensors"
 TOKENIZER_FILE: Final = "tokenizer.safetensors"
 
-INPUT_NAMES: Final = ("noise", "class_label")
+ENCODER: Final = "encoder"
+"""Folder of the text encoder's files, where the bundle holds them."""
+ENCODER_FACTS: Final = "encoder.json"
+"""Beside the encoder's files in a workspace: a :class:`CaptionFacts`."""
 OUTPUT_NAME: Final = "images"
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Input(NamedTuple):
+    """An input of the graph."""
+
+    shape: tuple[int, ...]
+    """Without the batch."""
+    dtype: Literal["float32", "int64", "uint64", "bool"]
+
+
+@config
+class TextEncoderFacts:
+    """What encodes prompts: a T5 that transformers runs."""
+
+    name: Literal["seeded", "t5"]
+    """``seeded``: in the bundle's folder ``encoder``. ``t5``: in a repository of the Hugging Face hub."""
+    repo: str | None
+    revision: str | None
+    files: dict[str, Digest]
+
+
+@config
+class CaptionFacts:
+    """How prompts are handed to the model."""
+
+    length: PositiveInt
+    """Tokens; a longer prompt is cut, a shorter one padded on the left."""
+    width: PositiveInt
+    encoder: TextEncoderFacts
 
 
 @config
 class ModelFacts:
     """What a caller must know of the model in order to ask it for images."""
 
-    num_classes: PositiveInt
+    num_classes: NonNegativeInt
+    """0 where it is asked by prompts."""
     class_names: tuple[str, ...] | None
     length: PositiveInt
     code_dim: PositiveInt
@@ -42,6 +75,17 @@ class ModelFacts:
     logit_prefix: NonNegativeInt
     noise: str
     """The construction of the noise, see :mod:`ddops.sampling.noise`: another one would draw other images."""
+    captions: CaptionFacts | None = None
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        """Of the graph, in order."""
+        noise = {"noise": Input((self.length, self.code_dim), "float32")}
+        if self.captions is None:
+            return noise | {"class_label": Input((), "int64")}
+        tokens, width = self.captions.length, self.captions.width
+        features, mask = Input((tokens, width), "float32"), Input((tokens,), "bool")
+        return noise | {"caption_features": features, "caption_mask": mask}
 
 
 @config
@@ -89,6 +133,7 @@ class Manifest:
         return self.onnx.sha256[:12]
 
 
+CAPTION_FACTS: Final[TypeAdapter[CaptionFacts]] = TypeAdapter(CaptionFacts)
 _MANIFESTS: Final[TypeAdapter[Manifest]] = TypeAdapter(Manifest)
 
 

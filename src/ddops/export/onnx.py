@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ddops.export.graph import OneStepGraph
-from ddops.export.manifest import INPUT_NAMES, OUTPUT_NAME
+from ddops.export.manifest import OUTPUT_NAME
 from ddops.export.precision import to_mixed_precision
 from ddops.files import atomic_path
+from ddops.models.conditions import Condition, flat
 
 Precision = Literal["float32", "float16"]
 
@@ -44,7 +45,7 @@ class ExportTrace:
 def export_onnx(
     graph: OneStepGraph,
     noise_BLC: Tensor,
-    labels_B: Tensor,
+    labels_B: Condition,
     path: Path,
     *,
     opset: int,
@@ -60,18 +61,19 @@ def export_onnx(
     not fit the precision.
     """
     batch = torch.export.Dim("batch", min=1, max=4096)
+    inputs = (noise_BLC, *flat(labels_B))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             graph.eval(),
-            (noise_BLC, labels_B),
+            inputs,
             dynamo=True,
             verbose=False,
             opset_version=opset,
-            input_names=list(INPUT_NAMES),
+            input_names=list(graph.input_names),
             output_names=[OUTPUT_NAME],
-            dynamic_shapes=({0: batch}, {0: batch}),
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
         )
     assert program is not None  # dynamo=True always returns a program
     assert program.exported_program is not None

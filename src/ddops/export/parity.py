@@ -19,6 +19,7 @@ from ddops.export.graph import OneStepGraph
 from ddops.export.manifest import OUTPUT_NAME
 from ddops.export.onnx import ExportTrace
 from ddops.export.session import open_session, run_outputs
+from ddops.models.conditions import Condition, flat, take
 
 SMALLEST_ERROR = 1e-20
 """Mean squared error that stands for none, so that the PSNR of equal images is a number (206 dB)."""
@@ -26,7 +27,7 @@ SMALLEST_ERROR = 1e-20
 Floats = NDArray[np.float32]
 Drawing = tuple[Floats, NDArray[np.int64]]
 """Images (B, I, H, W) in [-1, 1], and the tokens (B, n) that an argmax decided, step after step."""
-Drawer = Callable[[Tensor, Tensor], Drawing]
+Drawer = Callable[[Tensor, Condition], Drawing]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ParityBounds:
 
 
 @torch.inference_mode()
-def draw_with_torch(graph: OneStepGraph, noise_BLC: Tensor, labels_B: Tensor) -> Drawing:
+def draw_with_torch(graph: OneStepGraph, noise_BLC: Tensor, labels_B: Condition) -> Drawing:
     """What PyTorch draws, and the tokens on the way."""
     images_BIHW, ids_Bn = graph.draw(noise_BLC, labels_B)
     return images_BIHW.numpy(), ids_Bn.numpy()
@@ -64,9 +65,9 @@ def onnx_drawer(path: Path) -> Drawer:
     argmaxes = [node.output[0] for node in model.graph.node if node.op_type == "ArgMax"]
     session = open_session(path, extra_outputs=dict.fromkeys(argmaxes, onnx.TensorProto.INT64))
 
-    def draw(noise_BLC: Tensor, labels_B: Tensor) -> Drawing:
-        values = run_outputs(session, noise_BLC.numpy(), labels_B.numpy(), [OUTPUT_NAME, *argmaxes])
-        empty = np.zeros((len(labels_B), 0), dtype=np.int64)
+    def draw(noise_BLC: Tensor, labels_B: Condition) -> Drawing:
+        values = run_outputs(session, _arrays(noise_BLC, labels_B), [OUTPUT_NAME, *argmaxes])
+        empty = np.zeros((len(noise_BLC), 0), dtype=np.int64)
         return values[0], np.concatenate([empty, *values[1:]], axis=1)
 
     return draw
@@ -90,12 +91,17 @@ def compare(expected: Drawing, drawn: Drawing) -> Parity:
 
 
 def measure_parity(
-    graph: OneStepGraph, draw: Drawer, noise_BLC: Tensor, labels_B: Tensor, batch_size: int = 64
+    graph: OneStepGraph, draw: Drawer, noise_BLC: Tensor, labels_B: Condition, batch_size: int = 64
 ) -> Parity:
     """Draw the same images with PyTorch and with ``draw``, and compare."""
-    batches = list(zip(noise_BLC.split(batch_size), labels_B.split(batch_size), strict=True))
+    slices = [slice(first, first + batch_size) for first in range(0, len(noise_BLC), batch_size)]
+    batches = [(noise_BLC[rows], take(labels_B, rows)) for rows in slices]
     expected = [draw_with_torch(graph, *batch) for batch in batches]
     return compare(_joined(expected), _joined([draw(*batch) for batch in batches]))
+
+
+def _arrays(noise_BLC: Tensor, labels_B: Condition) -> list[NDArray[Any]]:
+    return [part.numpy() for part in (noise_BLC, *flat(labels_B))]
 
 
 def _joined(drawings: list[Drawing]) -> Drawing:
@@ -119,7 +125,7 @@ def broken_bounds(parity: Parity, bounds: ParityBounds) -> list[str]:
 
 
 def require_parity(
-    parity: Parity, bounds: ParityBounds, path: Path, trace: ExportTrace, noise_BLC: Tensor, labels_B: Tensor
+    parity: Parity, bounds: ParityBounds, path: Path, trace: ExportTrace, noise_BLC: Tensor, labels_B: Condition
 ) -> None:
     """Raises:
     ExportError: a bound is not met; names the first tensor that differs on these inputs.
@@ -135,7 +141,7 @@ def require_parity(
 
 @torch.inference_mode()
 def first_divergence(
-    trace: ExportTrace, path: Path, noise_BLC: Tensor, labels_B: Tensor, tolerance: float
+    trace: ExportTrace, path: Path, noise_BLC: Tensor, labels_B: Condition, tolerance: float
 ) -> str | None:
     """A sentence on the first value, in the order of the graph, that differs by more than ``tolerance`` of its own
     largest magnitude (or of 1, where that is smaller); None where there is none."""
@@ -144,7 +150,7 @@ def first_divergence(
     made = [name for node in model.graph.node for name in node.output]
     names = [name for name in made if name in expected and name != OUTPUT_NAME]
     session = open_session(path, extra_outputs=dict.fromkeys(names, onnx.TensorProto.FLOAT))
-    values = run_outputs(session, noise_BLC.numpy(), labels_B.numpy(), names)
+    values = run_outputs(session, _arrays(noise_BLC, labels_B), names)
     for name, value in zip(names, values, strict=True):
         wanted = expected[name]
         if wanted.shape != value.shape:
@@ -155,7 +161,7 @@ def first_divergence(
     return None
 
 
-def _torch_values(program: torch.export.ExportedProgram, noise_BLC: Tensor, labels_B: Tensor) -> dict[str, Floats]:
+def _torch_values(program: torch.export.ExportedProgram, noise_BLC: Tensor, labels_B: Condition) -> dict[str, Floats]:
     """Every float value of the traced program, by name."""
     kept: dict[str, Floats] = {}
 
@@ -167,7 +173,7 @@ def _torch_values(program: torch.export.ExportedProgram, noise_BLC: Tensor, labe
             return value
 
     stored = {**program.state_dict, **program.constants}
-    inputs = iter((noise_BLC, labels_B))
+    inputs = iter((noise_BLC, *flat(labels_B)))
     arguments = [
         next(inputs) if spec.target is None else stored[spec.target] for spec in program.graph_signature.input_specs
     ]

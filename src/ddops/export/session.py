@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ddops.export.errors import BundleError, MissingExtra
-from ddops.export.manifest import INPUT_NAMES, OUTPUT_NAME
+from ddops.export.manifest import OUTPUT_NAME
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -46,20 +46,17 @@ def _provider(device: str) -> str:
 
 
 def run_session(
-    session: onnxruntime.InferenceSession, noise_BLC: NDArray[np.float32], labels_B: NDArray[np.int64]
+    session: onnxruntime.InferenceSession, noise_BLC: NDArray[np.float32], *condition: NDArray[Any]
 ) -> NDArray[np.float32]:
-    """Images (B, I, H, W) in [-1, 1]."""
-    images: NDArray[np.float32] = run_outputs(session, noise_BLC, labels_B, [OUTPUT_NAME])[0]
+    """Images (B, I, H, W) in [-1, 1]; the condition is a label (B,), or features (B, T, W) and mask (B, T)."""
+    images: NDArray[np.float32] = run_outputs(session, (noise_BLC, *condition), [OUTPUT_NAME])[0]
     return images
 
 
 def run_outputs(
-    session: onnxruntime.InferenceSession,
-    noise_BLC: NDArray[np.float32],
-    labels_B: NDArray[np.int64],
-    names: Sequence[str],
+    session: onnxruntime.InferenceSession, inputs: Sequence[NDArray[Any]], names: Sequence[str]
 ) -> list[NDArray[Any]]:
-    """The named outputs."""
-    feed = dict(zip(INPUT_NAMES, (noise_BLC, labels_B), strict=True))
+    """The named outputs; inputs in the graph's order."""
+    feed = dict(zip((each.name for each in session.get_inputs()), inputs, strict=True))
     values: list[NDArray[Any]] = session.run(list(names), feed)
     return values

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 
 from ddops.config.stages import ProfileConfig
 from ddops.export.errors import BundleError, ExportError, MissingExtra
-from ddops.export.manifest import INPUT_NAMES, EngineFacts, Manifest, ModelFacts
+from ddops.export.manifest import EngineFacts, Manifest, ModelFacts
 from ddops.files import atomic_path, sha256_file
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
@@ -218,9 +218,8 @@ def _choose_target(trt: Any, config: Any, flavour: Flavour, target: str) -> None
 
 
 def _add_profile(builder: Any, config: Any, model: ModelFacts, profile: ProfileConfig) -> None:
-    shapes: dict[str, tuple[int, ...]] = dict(zip(INPUT_NAMES, ((model.length, model.code_dim), ()), strict=True))
     optimisation = builder.create_optimization_profile()
-    for name, shape in shapes.items():
+    for name, (shape, _) in model.inputs.items():
         optimisation.set_shape(name, *((batch, *shape) for batch in (profile.min, profile.opt, profile.max)))
     config.add_optimization_profile(optimisation)
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from ddops.config.stages import ProfileConfig
 from ddops.export.copying import place_file
-from ddops.export.manifest import EngineFacts, Manifest, ModelFacts, model_digests
+from ddops.export.manifest import EngineFacts, Input, Manifest, ModelFacts, model_digests
 from ddops.files import sha256_file, write_json, write_text
 
 REPOSITORY: Final = "triton"
@@ -30,9 +30,9 @@ def write_model_repository(directory: Path, manifest: Manifest, profile: Profile
         place_file(directory / name, root / ONNX_MODEL / "1" / name)
         place_file(directory / name, root / PYTHON_MODEL / "1" / name)
     write_text(root / PYTHON_MODEL / "config.pbtxt", python_config(manifest.model, profile))
-    write_json(
-        root / PYTHON_MODEL / "1" / "model.json", {"length": manifest.model.length, "code_dim": manifest.model.code_dim}
-    )
+    model = manifest.model
+    facts = {"length": model.length, "code_dim": model.code_dim, "condition": list(model.inputs)[1:]}
+    write_json(root / PYTHON_MODEL / "1" / "model.json", facts)
     for package, source, name in (
         ("ddops.export", "triton_model.py", "model.py"),
         ("ddops.sampling", "noise.py", "ddops_noise.py"),
@@ -49,44 +49,46 @@ def write_model_repository(directory: Path, manifest: Manifest, profile: Profile
 
 def onnx_config(model: ModelFacts, profile: ProfileConfig) -> str:
     """``config.pbtxt`` of the graph in Triton's ONNX Runtime backend."""
-    return _config(ONNX_MODEL, 'backend: "onnxruntime"', profile, _GRAPH_INPUTS, _GRAPH_OUTPUT, model)
+    return _config(ONNX_MODEL, 'backend: "onnxruntime"', profile, _graph_inputs(model), _GRAPH_OUTPUT, model)
 
 
 def tensorrt_config(model: ModelFacts, engine: EngineFacts) -> str:
     """``config.pbtxt`` of an engine."""
-    return _config(TENSORRT_MODEL, 'platform: "tensorrt_plan"', engine.profile, _GRAPH_INPUTS, _GRAPH_OUTPUT, model)
+    return _config(
+        TENSORRT_MODEL, 'platform: "tensorrt_plan"', engine.profile, _graph_inputs(model), _GRAPH_OUTPUT, model
+    )
 
 
 def python_config(model: ModelFacts, profile: ProfileConfig) -> str:
     """``config.pbtxt`` of the variant that takes a seed and gives pixels."""
-    return _config(PYTHON_MODEL, 'backend: "python"', profile, _SEED_INPUTS, _PIXELS_OUTPUT, model)
+    inputs = [_input("seed", Input((1,), "uint64")), _input("index", Input((1,), "int64"))]
+    inputs += [_input(name, Input(shape or (1,), dtype)) for name, (shape, dtype) in list(model.inputs.items())[1:]]
+    return _config(PYTHON_MODEL, 'backend: "python"', profile, inputs, _PIXELS_OUTPUT, model)
 
 
-# The batch is Triton's own dimension; a label has no other, which its configuration cannot say but by a reshape.
-_LABEL: Final = '{{ name: "class_label" data_type: TYPE_INT64 dims: [ 1 ]{reshape} }}'
-_GRAPH_INPUTS: Final = '{{ name: "noise" data_type: TYPE_FP32 dims: [ {length}, {code_dim} ] }},\n  ' + _LABEL.replace(
-    "{reshape}", " reshape: {{ shape: [ ] }}"
-)
+_TYPES: Final = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "uint64": "TYPE_UINT64", "bool": "TYPE_BOOL"}
 _GRAPH_OUTPUT: Final = '{{ name: "images" data_type: TYPE_FP32 dims: [ {channels}, {size}, {size} ] }}'
-_SEED_INPUTS: Final = (
-    '{{ name: "seed" data_type: TYPE_UINT64 dims: [ 1 ] }},\n  '
-    '{{ name: "index" data_type: TYPE_INT64 dims: [ 1 ] }},\n  ' + _LABEL.replace("{reshape}", "")
-)
 _PIXELS_OUTPUT: Final = '{{ name: "pixels" data_type: TYPE_UINT8 dims: [ {size}, {size}, {channels} ] }}'
 
 
-def _config(name: str, kind: str, profile: ProfileConfig, inputs: str, output: str, model: ModelFacts) -> str:
-    sizes = {
-        "length": model.length,
-        "code_dim": model.code_dim,
-        "channels": model.image_channels,
-        "size": model.image_size,
-    }
+def _graph_inputs(model: ModelFacts) -> list[str]:
+    return [_input(name, each) for name, each in model.inputs.items()]
+
+
+def _input(name: str, each: Input) -> str:
+    # The batch is Triton's own dimension; a label has no other, which its configuration cannot say but by a reshape.
+    dims = ", ".join(map(str, each.shape or (1,)))
+    reshape = "" if each.shape else " reshape: { shape: [ ] }"
+    return f'{{ name: "{name}" data_type: {_TYPES[each.dtype]} dims: [ {dims} ]{reshape} }}'
+
+
+def _config(name: str, kind: str, profile: ProfileConfig, inputs: list[str], output: str, model: ModelFacts) -> str:
+    sizes = {"channels": model.image_channels, "size": model.image_size}
     return f"""name: "{name}"
 {kind}
 max_batch_size: {profile.max}
 input [
-  {inputs.format(**sizes)}
+  {f",{chr(10)}  ".join(inputs)}
 ]
 output [
   {output.format(**sizes)}

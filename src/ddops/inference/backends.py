@@ -1,10 +1,10 @@
-"""One interface over PyTorch, ONNX Runtime and TensorRT: noise and labels in, images out."""
+"""One interface over PyTorch, ONNX Runtime and TensorRT: noise and labels, or captions, in; images out."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from ddops.export.manifest import MODEL, STUDENT_FILE, TOKENIZER_FILE, Manifest,
 from ddops.sampling.noise import NOISE_VERSION, Stream, normals_array
 
 Floats = NDArray[np.float32]
-Labels = NDArray[np.int64]
 
 
 class Backend(ABC):
@@ -24,8 +23,8 @@ class Backend(ABC):
     """The largest batch it takes, where there is one."""
 
     @abstractmethod
-    def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
-        """Images (B, I, H, W) in [-1, 1]."""
+    def draw(self, noise_BLC: Floats, *condition: NDArray[Any]) -> Floats:
+        """Images (B, I, H, W) in [-1, 1]. The condition is labels (B,), or features (B, T, W) and mask (B, T)."""
 
 
 class TorchBackend(Backend):
@@ -46,21 +45,29 @@ class TorchBackend(Backend):
         starts = manifest.model.start_positions[:steps]
         graph = load_graph(directory / STUDENT_FILE, directory / TOKENIZER_FILE, starts, manifest.model.logit_prefix)
         self._torch, self._device, self._half = torch, torch.device(device), False
-        self._graph = graph.to(self._device)
+        self._graph, self._captions = graph.to(self._device), manifest.model.captions
         if precision == "bfloat16":
             self._round_weights(directory)
 
-    def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
-        images, _ = self._draw(noise_BLC, labels_B)
+    def draw(self, noise_BLC: Floats, *condition: NDArray[Any]) -> Floats:
+        images, _ = self._draw(noise_BLC, *condition)
         return images
 
-    def _draw(self, noise_BLC: Floats, labels_B: Labels) -> tuple[Floats, Labels]:
+    def _draw(self, noise_BLC: Floats, *condition: NDArray[Any]) -> tuple[Floats, NDArray[np.int64]]:
         """Images, and the tokens that an argmax decided."""
         torch = self._torch
-        inputs = (torch.from_numpy(values).to(self._device) for values in (noise_BLC, labels_B))
+        noise, *given = (torch.from_numpy(values).to(self._device) for values in (noise_BLC, *condition))
         with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-            images_BIHW, ids_Bn = self._graph.draw(*inputs)
+            images_BIHW, ids_Bn = self._graph.draw(noise, self._graph.condition(*given))
         return images_BIHW.float().cpu().numpy(), ids_Bn.cpu().numpy()
+
+    def _examples(self) -> tuple[NDArray[Any], ...]:
+        """Class after class; or captions of random features that fill their tokens."""
+        if self._captions is None:
+            return (np.arange(BFLOAT16_IMAGES) % self._graph.student.num_conditions,)
+        shape = self._captions.length, self._captions.width
+        features_BTW = normals_array(0, Stream.PATH, np.arange(BFLOAT16_IMAGES), shape)
+        return features_BTW, np.ones(features_BTW.shape[:2], dtype=bool)
 
     def _round_weights(self, directory: Path) -> None:
         """Raises BundleError where the images change by more than ``BFLOAT16_BOUNDS``."""
@@ -68,12 +75,12 @@ class TorchBackend(Backend):
         from ddops.models.reduced import to_bfloat16
 
         student = self._graph.student
-        labels_B = np.arange(BFLOAT16_IMAGES) % student.num_conditions
+        examples = self._examples()
         shape = student.layout.length, self._graph.codebook_VC.shape[1]
         noise_BLC = normals_array(0, Stream.SAMPLE_NOISE, np.arange(BFLOAT16_IMAGES), shape)
-        expected = self._draw(noise_BLC, labels_B)
+        expected = self._draw(noise_BLC, *examples)
         self._graph, self._half = to_bfloat16(self._graph, self._graph.whole_modules), True
-        parity = compare(expected, self._draw(noise_BLC, labels_B))
+        parity = compare(expected, self._draw(noise_BLC, *examples))
         if broken_bounds(parity, ParityBounds(None, *BFLOAT16_BOUNDS)):
             raise BundleError(
                 f"{directory}: in bfloat16 it draws other images: PSNR {parity.psnr:.1f} dB, {parity.equal_tokens:.1%} "
@@ -92,8 +99,8 @@ class OnnxBackend(Backend):
         self._session = open_session(directory / MODEL, device, threads)
         self._run = run_session
 
-    def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
-        return self._run(self._session, noise_BLC, labels_B)
+    def draw(self, noise_BLC: Floats, *condition: NDArray[Any]) -> Floats:
+        return self._run(self._session, noise_BLC, *condition)
 
 
 class TensorRTBackend(Backend):
@@ -108,8 +115,8 @@ class TensorRTBackend(Backend):
         self._session = EngineSession(directory, manifest, installed_flavour([e.flavour for e in manifest.engines]))
         self.max_batch = self._session.facts.profile.max
 
-    def draw(self, noise_BLC: Floats, labels_B: Labels) -> Floats:
-        return self._session.run(noise_BLC, labels_B)
+    def draw(self, noise_BLC: Floats, *condition: NDArray[Any]) -> Floats:
+        return self._session.run(noise_BLC, *condition)
 
 
 BACKENDS: Final = ("torch", "onnx", "tensorrt")

@@ -15,6 +15,8 @@ def model_card(manifest: Manifest) -> str:
         if "fid" in facts
         else "No FID was measured for this export."
     )
+    what = f"{model.num_classes} classes" if model.captions is None else "for captions"
+    call = "class_labels=[0]" if model.captions is None else 'prompt="..."'
     rows = "\n".join(f"| {key} | `{value}` |" for key, value in sorted(facts.items()))
     return f"""---
 library_name: ddops
@@ -24,12 +26,12 @@ tags: [image-generation, distilled-decoding]
 
 # {facts.get("preset", "unnamed")}, {model.steps} step{"s" if model.steps > 1 else ""}
 
-An image autoregressive model distilled into a few-step generator with ddops: {model.num_classes} classes,
+An image autoregressive model distilled into a few-step generator with ddops: {what},
 {size} pixels. {fid}
 
     from ddops.inference import OneStepPipeline
     pipe = OneStepPipeline.from_pretrained("this repository or directory")
-    pipe(class_labels=[0], seed=0).images[0]
+    pipe({call}, seed=0).images[0]
 
 Steps start at {list(model.start_positions)}; the first {model.logit_prefix} levels take the code of the largest logit,
 later ones the regressed embedding. Noise is `{model.noise}`: an image is a function of seed, index and label.

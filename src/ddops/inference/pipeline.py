@@ -1,9 +1,10 @@
-"""``OneStepPipeline``: class labels and a seed in, pictures out.
+"""``OneStepPipeline``: class labels or prompts, and a seed, in; pictures out.
 
 from ddops.inference import OneStepPipeline
 
 pipe = OneStepPipeline.from_pretrained("artifacts/bundle")
 pipe(class_labels=[3, 7], seed=0).images[0].save("three.png")
+pipe(prompt="a handwritten seven, slanted left").images[0]  # where the model draws for captions
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from ddops.export.manifest import MANIFEST, Manifest, read_manifest
 from ddops.files import write_text
 from ddops.inference.backends import Backend, load_backend
 from ddops.inference.card import model_card
-from ddops.inference.seeds import Draw, labels_of, noise_of, to_picture, to_pixels
+from ddops.inference.prompts import PromptEncoder
+from ddops.inference.seeds import Draw, condition_of, noise_of, to_picture, to_pixels
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LARGEST_SEED = 2**64 - 1
@@ -48,9 +50,12 @@ class OneStepPipeline:
         device: str | None = None,
         threads: int = 0,
         precision: str = "float32",
+        text_encoder: Path | None = None,
     ) -> None:
-        """A pipeline on a bundle's directory; raises BundleError."""
+        """A pipeline on a bundle's directory; ``text_encoder`` as of :class:`PromptEncoder`. Raises BundleError."""
         self.directory = directory
+        self._text_encoder = text_encoder
+        self._encoder: PromptEncoder | None = None
         self.manifest: Manifest = read_manifest(directory)
         self.backend, self.device, self.precision, self._threads = backend, device, precision, threads
         self._loaded: dict[int, Backend] = {}
@@ -66,9 +71,11 @@ class OneStepPipeline:
         threads: int = 0,
         precision: str = "float32",
         revision: str | None = None,
+        text_encoder: str | Path | None = None,
     ) -> OneStepPipeline:
         """A pipeline from a bundle: a directory, or ``owner/name`` on the Hugging Face hub. Backend torch also takes
-        ``precision="bfloat16"``, where the images allow it.
+        ``precision="bfloat16"``, where the images allow it. ``text_encoder``: a local directory with the encoder's
+        files, for a model that draws for captions.
 
         Raises:
             BundleError: neither of the two, or the bundle cannot be used here; says why.
@@ -78,32 +85,37 @@ class OneStepPipeline:
             if not HUB_ID.fullmatch(str(path_or_id)):
                 raise BundleError(f"{path_or_id}: no such directory, and not of the form owner/name either")
             directory = _download(str(path_or_id), revision)
-        return cls(directory, backend=backend, device=device, threads=threads, precision=precision)
+        encoder = None if text_encoder is None else Path(text_encoder)
+        return cls(
+            directory, backend=backend, device=device, threads=threads, precision=precision, text_encoder=encoder
+        )
 
     def __call__(
         self,
-        class_labels: Sequence[int | str],
+        class_labels: Sequence[int | str] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
         steps: int | None = None,
         batch_size: int = 32,
     ) -> PipelineOutput:
-        """Draw one picture a label (a number, or a name where the classes have names).
+        """Draw one picture a label (a number, or a name where the classes have names), or one a prompt.
 
         One ``seed`` serves the whole list, each picture with its place as the index; a list of seeds gives each picture
         its own, with index 0. ``steps`` None takes as many as were exported.
 
         Raises:
-            ValueError: no such class, or a seed that is none. BundleError: a number of steps it cannot take.
+            ValueError: no such class, a seed that is none, or not what this model draws for. BundleError: a number of
+                steps it cannot take, or no text encoder.
         """
         facts = self.manifest.model
-        labels = [class_number(str(label), facts.num_classes, facts.class_names or ()) for label in class_labels]
+        labels = self._conditions(class_labels, prompt)
         if isinstance(seed, int):
             draws = [Draw(seed, index, label) for index, label in enumerate(labels)]
         elif len(seed) == len(labels):
             draws = [Draw(one, 0, label) for one, label in zip(seed, labels, strict=True)]
         else:
-            raise ValueError(f"{len(seed)} seeds for {len(labels)} class labels; give one, or as many")
+            raise ValueError(f"{len(seed)} seeds for {len(labels)} images; give one, or as many")
         for draw in draws:
             if not 0 <= draw.seed <= LARGEST_SEED:
                 raise ValueError(f"a seed is an integer in 0..2**64-1, got {draw.seed}")
@@ -112,11 +124,25 @@ class OneStepPipeline:
         images: list[Image.Image] = []
         for first in range(0, len(draws), size):
             batch = draws[first : first + size]
-            drawn = backend.draw(noise_of(batch, facts), labels_of(batch))
+            drawn = backend.draw(noise_of(batch, facts), *condition_of(batch, self._encoder))
             if not np.isfinite(drawn).all():
                 raise BundleError(f"{self.directory}: backend {self.backend} made values that are no numbers")
             images += [to_picture(pixels) for pixels in to_pixels(drawn)]
         return PipelineOutput(images)
+
+    def _conditions(
+        self, class_labels: Sequence[int | str] | None, prompt: str | Sequence[str] | None
+    ) -> Sequence[int | str]:
+        """What to draw, one a picture; the text encoder is loaded with the first prompt."""
+        facts = self.manifest.model
+        if facts.captions is None:
+            if class_labels is None or prompt is not None:
+                raise ValueError("this model draws for class_labels, and for no prompt")
+            return [class_number(str(label), facts.num_classes, facts.class_names or ()) for label in class_labels]
+        if prompt is None or class_labels is not None:
+            raise ValueError("this model draws for a prompt, and for no class_labels")
+        self._encoder = self._encoder or PromptEncoder(self.directory, facts.captions, self._text_encoder)
+        return [prompt] if isinstance(prompt, str) else prompt
 
     def to(self, device: str) -> OneStepPipeline:
         """This pipeline on another device, e.g. ``cuda``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +13,20 @@ from PIL import Image
 from ddops.export.manifest import ModelFacts
 from ddops.sampling.noise import Stream, normals_array
 
+if TYPE_CHECKING:
+    from ddops.inference.prompts import PromptEncoder
+
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One image to be drawn. It depends on these three numbers and the model, and on nothing else."""
+    """One image to be drawn. It depends on these three and the model, and on nothing else."""
 
     seed: int
     index: int
-    label: int
+    label: int | str
+    """Its class, or its prompt."""
 
 
 def noise_of(draws: Sequence[Draw], model: ModelFacts) -> NDArray[np.float32]:
@@ -31,9 +36,11 @@ def noise_of(draws: Sequence[Draw], model: ModelFacts) -> NDArray[np.float32]:
     return np.concatenate(rows)
 
 
-def labels_of(draws: Sequence[Draw]) -> NDArray[np.int64]:
-    """Labels (B,)."""
-    return np.array([draw.label for draw in draws], dtype=np.int64)
+def condition_of(draws: Sequence[Draw], encode: PromptEncoder | None) -> tuple[NDArray[Any], ...]:
+    """What a model takes beside the noise: labels (B,), or through ``encode`` features (B, T, W) and mask (B, T)."""
+    if encode is None:
+        return (np.array([draw.label for draw in draws], dtype=np.int64),)
+    return encode([str(draw.label) for draw in draws])
 
 
 def to_pixels(images_BIHW: NDArray[np.float32]) -> Pixels:

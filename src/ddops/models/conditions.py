@@ -10,6 +10,7 @@ Shape suffixes beyond :mod:`ddops.models.interface`: T condition tokens, W width
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -32,6 +33,23 @@ class Captions(NamedTuple):
 
 Condition = Tensor | Captions
 """Numbers (B,) of classes or of the attached captions; or captions."""
+
+
+def flat(condition: Condition) -> tuple[Tensor, ...]:
+    """The tensors that a condition consists of."""
+    return tuple(condition) if isinstance(condition, Captions) else (condition,)
+
+
+def take(condition: Condition, rows: slice) -> Condition:
+    """Some rows of a batch."""
+    return Captions(*(part[rows] for part in condition)) if isinstance(condition, Captions) else condition[rows]
+
+
+def pad_left(features: Sequence[Tensor], length: int) -> Captions:
+    """Captions of features (n, W), n at most ``length``, with nothing before them."""
+    padded = [F.pad(features_nW, (0, 0, length - len(features_nW), 0)) for features_nW in features]
+    tokens_B1 = torch.tensor([[len(features_nW)] for features_nW in features])
+    return Captions(torch.stack(padded), torch.arange(length) >= length - tokens_B1)
 
 
 class CaptionTable(Protocol):

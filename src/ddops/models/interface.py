@@ -93,7 +93,7 @@ class Teacher(nn.Module, ABC):
         """w in ``uncond + w * (cond - uncond)`` at a level, from the setting in the family's own convention."""
 
     @abstractmethod
-    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+    def logits(self, labels_B: Condition, ids_BL: Tensor) -> Tensor:
         """Teacher-forced logits (B, L, V): row i is the distribution of token i given all earlier levels.
         No guidance, no filter; differentiable."""
 
@@ -144,7 +144,7 @@ class BackboneTeacher(Teacher):
     def open(self, labels_B: Tensor, sampling: SamplingConfig) -> BackboneSession:
         """See :meth:`Teacher.open`."""
 
-    def logits(self, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
+    def logits(self, labels_B: Condition, ids_BL: Tensor) -> Tensor:
         """See :meth:`Teacher.logits`. No gradient reaches the tokenizer."""
         return self.classify(self.hidden(labels_B, self.embed_prefix(ids_BL)))
 

@@ -26,6 +26,7 @@ from starlette.types import Lifespan
 
 from ddops import __version__
 from ddops.class_names import UnknownClass, class_number
+from ddops.export.manifest import ModelFacts
 from ddops.inference.seeds import Draw, Pixels, to_picture
 from ddops.serving.batcher import QueueFull
 from ddops.serving.context import RequestContext
@@ -70,16 +71,28 @@ class Service:
             raise HTTPException(503, "the model is still loading", {"Retry-After": str(RETRY_STARTING)})
         return self.slot.current
 
+    def _label(self, request: ImageRequest, facts: ModelFacts) -> int | str:
+        """The class or the prompt, whichever the model draws for; raises HTTPException 422."""
+        if facts.captions is not None:
+            if request.prompt is None or request.class_label is not None:
+                raise HTTPException(422, "prompt: this model draws for a prompt, and for no class")
+            if len(request.prompt) > self.settings.max_prompt:
+                raise HTTPException(422, f"prompt: this server takes {self.settings.max_prompt} characters at most")
+            return request.prompt
+        if request.class_label is None or request.prompt is not None:
+            raise HTTPException(422, "class: this model draws for a class, and for no prompt")
+        try:
+            return class_number(str(request.class_label), facts.num_classes, facts.class_names or ())
+        except UnknownClass as error:
+            raise HTTPException(422, f"class: {error}") from None
+
     async def draw(self, request: ImageRequest) -> tuple[ServedModel, list[Draw], list[Pixels]]:
         """Raises HTTPException: 422 unknown class or too many images, 429 no room, 503 not ready, 504 too late."""
         settings, model = self.settings, self.model()
         facts = model.manifest.model
         if request.count > settings.max_count:
             raise HTTPException(422, f"count: this server draws at most {settings.max_count} images a request")
-        try:
-            label = class_number(str(request.class_label), facts.num_classes, facts.class_names or ())
-        except UnknownClass as error:
-            raise HTTPException(422, f"class: {error}") from None
+        label = self._label(request, facts)
         seed = secrets.randbelow(LARGEST_SEED + 1) if request.seed is None else request.seed
         draws = [Draw(seed, index, label) for index in range(request.count)]
         timeout_s = min(request.timeout_s or settings.deadline_s, settings.deadline_s)
@@ -155,7 +168,7 @@ def create_app(place: Path, settings: ServeSettings, token: str | None = None) -
 
     @app.post(
         "/v1/images",
-        summary="Draw images of a class",
+        summary="Draw images of a class, or for a prompt",
         response_class=Response,
         responses={
             200: {
@@ -179,7 +192,8 @@ def create_app(place: Path, settings: ServeSettings, token: str | None = None) -
         encoded = await asyncio.to_thread(lambda: [base64.b64encode(encode([one], "png")).decode() for one in pixels])
         answer = ImageResponse(
             model=identity,
-            class_number=first.label,
+            class_number=first.label if isinstance(first.label, int) else None,
+            prompt=first.label if isinstance(first.label, str) else None,
             seed=first.seed,
             images=[EncodedImage(index=index, media_type="image/png", data=data) for index, data in enumerate(encoded)],
         )

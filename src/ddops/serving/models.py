@@ -14,7 +14,8 @@ import numpy as np
 from ddops.export.errors import BundleError
 from ddops.export.manifest import MANIFEST, Manifest, read_manifest
 from ddops.inference.backends import load_backend
-from ddops.inference.seeds import Draw, Pixels, labels_of, noise_of, to_pixels
+from ddops.inference.prompts import PromptEncoder
+from ddops.inference.seeds import Draw, Pixels, condition_of, noise_of, to_pixels
 from ddops.serving.batcher import Batcher
 from ddops.serving.metrics import Metrics
 from ddops.serving.settings import ServeSettings
@@ -108,16 +109,18 @@ class ModelSlot:
         settings = self._settings
         manifest = read_manifest(directory)
         backend = load_backend(directory, manifest, settings.backend, device=settings.device, threads=settings.threads)
+        captions, copy = manifest.model.captions, settings.text_encoder
+        encoder = None if captions is None else PromptEncoder(directory, captions, Path(copy) if copy else None)
         max_batch = min(settings.max_batch, backend.max_batch or settings.max_batch)
 
         def render(draws: Sequence[Draw]) -> Pixels:
-            images_BIHW = backend.draw(noise_of(draws, manifest.model), labels_of(draws))
+            images_BIHW = backend.draw(noise_of(draws, manifest.model), *condition_of(draws, encoder))
             if not np.isfinite(images_BIHW).all():
                 raise FloatingPointError("the model made values that are no numbers")
             return to_pixels(images_BIHW)
 
         for batch in sorted({1, max_batch}):
-            render([Draw(seed=0, index=index, label=0) for index in range(batch)])
+            render([Draw(seed=0, index=index, label=0 if captions is None else "") for index in range(batch)])
 
         def observed(draws: Sequence[Draw]) -> Pixels:
             with self._metrics.batch(len(draws)):

@@ -18,14 +18,20 @@ class ImageRequest(BaseModel):
             "examples": [
                 {"class": 7, "seed": 42, "format": "png"},
                 {"class": "3", "seed": 0, "count": 4, "format": "base64"},
+                {"prompt": "a bold handwritten seven, slanted left", "seed": 42},
             ]
         },
     )
 
     class_label: Annotated[
-        Annotated[StrictInt, Field(ge=0, lt=1_000_000)] | Annotated[StrictStr, Field(min_length=1, max_length=100)],
+        Annotated[StrictInt, Field(ge=0, lt=1_000_000)]
+        | Annotated[StrictStr, Field(min_length=1, max_length=100)]
+        | None,
         Field(alias="class", description="A class by its number, or by its name where the model's classes have names"),
-    ]
+    ] = None
+    prompt: Annotated[
+        StrictStr | None, Field(min_length=1, description="What to draw, of a model that draws for captions")
+    ] = None
     seed: Annotated[
         StrictInt | None,
         Field(ge=0, le=LARGEST_SEED, description="The same seed gives the same images; without one it is drawn"),
@@ -52,7 +58,8 @@ class ImageResponse(BaseModel):
     """An answer in ``base64``."""
 
     model: str
-    class_number: int
+    class_number: int | None = None
+    prompt: str | None = None
     seed: int
     images: list[EncodedImage]
 

@@ -25,6 +25,10 @@ class ServeSettings:
     max_count: PositiveInt = 16
     """Images a request."""
     max_body_bytes: PositiveInt = 16_384
+    max_prompt: PositiveInt = 1000
+    """Characters of a prompt."""
+    text_encoder: str | None = None
+    """Directory of the text encoder's files, where the bundle does not hold them and the hub is not to be asked."""
     drain_delay_s: NonNegativeFloat = 0.0
     """Between SIGTERM and no longer accepting connections: time for a balancer to see that /readyz says no."""
     drain_timeout_s: PositiveFloat = 60.0

@@ -42,7 +42,7 @@ def _encode(config: EncodedCaptionsConfig) -> None:
     encoder = TextEncoder(directory, config.length, _device())
     for target, prompts in sets.items():
         encode_set(target, prompts, encoder, config, facts)
-    write_json(paths.TEXT_ENCODER / FACTS, {**facts, "length": config.length, "width": encoder.width})
+    write_json(paths.TEXT_ENCODER / FACTS, {"length": config.length, "width": encoder.width, "encoder": facts})
 
 
 def _encoder(config: EncodedCaptionsConfig, prompts: list[str]) -> tuple[Path, dict[str, Any]]:
@@ -55,10 +55,11 @@ def _encoder(config: EncodedCaptionsConfig, prompts: list[str]) -> tuple[Path, d
         shutil.rmtree(paths.TEXT_ENCODER, ignore_errors=True)
         directory, fetched = obtain_directory(config.encoder)
         files = dict(zip(config.encoder.files, (file.sha256 for file in fetched), strict=True))
-        return directory, {"name": "t5", "repo": config.encoder.repo, "origin": fetched[0].origin, "files": files}
+        commit = fetched[0].origin.partition("@")[2].partition("/")[0] or None
+        return directory, {"name": "t5", "repo": config.encoder.repo, "revision": commit, "files": files}
     write_seeded_encoder(paths.TEXT_ENCODER, config.encoder, prompts)
     files = {path.name: sha256_file(path) for path in sorted(paths.TEXT_ENCODER.iterdir()) if path.name != FACTS}
-    return paths.TEXT_ENCODER, {"name": "seeded", "files": files}
+    return paths.TEXT_ENCODER, {"name": "seeded", "repo": None, "revision": None, "files": files}
 
 
 def _device() -> str:

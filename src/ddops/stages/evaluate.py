@@ -17,7 +17,7 @@ from ddops.evaluation.samples import open_samples
 from ddops.files import write_json, write_text
 from ddops.stages import paths
 from ddops.stages.common import StageError, require, run_stage
-from ddops.stages.statistics import statistics_file
+from ddops.stages.statistics import asked, statistics_file
 
 
 def evaluate(evaluate: EvaluateConfig) -> None:
@@ -27,7 +27,12 @@ def evaluate(evaluate: EvaluateConfig) -> None:
         StageError: there are no samples.
         MetricError: a figure cannot be computed.
     """
-    ruler = open_ruler(evaluate, require(paths.CLASSIFIER, "features"), statistics_file(evaluate))
+    ruler = open_ruler(
+        evaluate,
+        require(paths.CLASSIFIER, "features"),
+        statistics_file(evaluate),
+        asked(evaluate, paths.EVALUATE_CAPTIONS),
+    )
     manifest = json.loads(require(paths.SAMPLES_MANIFEST, "sample").read_text())
     directories = sorted(path for path in paths.SAMPLES.iterdir() if path.is_dir())
     if not directories:

@@ -25,10 +25,11 @@ from ddops.export.manifest import MANIFEST, MODEL
 from ddops.export.provenance import provenance
 from ddops.export.session import open_session, run_session
 from ddops.files import write_json
+from ddops.models.conditions import flat
 from ddops.models.weights_dd2 import load_generator
 from ddops.stages import paths
 from ddops.stages.common import StageError, require, run_stage
-from ddops.stages.statistics import statistics_file
+from ddops.stages.statistics import asked, statistics_file
 
 
 def export(preset: str, dd1: DD1Config, dd2: DD2Config, evaluate: EvaluateConfig, export: ExportConfig) -> None:
@@ -44,7 +45,7 @@ def export(preset: str, dd1: DD1Config, dd2: DD2Config, evaluate: EvaluateConfig
     if export.row not in metrics:
         raise StageError(f"{paths.METRICS} has no row {export.row}: a model that was not judged is not exported")
     student = require(paths.STUDENTS[export.student], f"distill_{export.student}")
-    sources = find_sources(student, require(paths.TOKENIZER, "teacher"), dd1, dd2, export)
+    sources = find_sources(student, require(paths.TOKENIZER, "teacher"), paths.CAPTIONS, dd1, dd2, export)
     facts = provenance(preset, export, sources.student) | {
         "ddops.protocol": metrics["protocol"]["name"],
         "ddops.fid": f"{metrics[export.row]['fid']:.4f}",
@@ -65,13 +66,14 @@ def judge_exported(evaluate: EvaluateConfig, export: ExportConfig) -> dict[str, 
     student = load_generator(paths.TOKENIZER, paths.STUDENTS[export.student])
     session = open_session(paths.ONNX_BUNDLE / MODEL)
     code_dim = session.get_inputs()[0].shape[-1]
+    conditions = open_conditions(paths.EVALUATE_CAPTIONS, student)
 
     def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
         noise_BLC = sample_noise(seed, indices_B, student, code_dim)
-        return torch.from_numpy(run_session(session, noise_BLC.numpy(), labels_B.numpy()))
+        given = (part.numpy() for part in flat(conditions.given(labels_B)))
+        return torch.from_numpy(run_session(session, noise_BLC.numpy(), *given))
 
     protocol, seed = open_protocol(evaluate), evaluate.seeds[0]
-    conditions = open_conditions(paths.EVALUATE_CAPTIONS, student)
     labels_N = protocol.labels(seed, conditions)
     request = Request(labels_N, evaluate.batch_size)
     batches = draw_batches(draw, request, seed, "exported", protocol.image_size)
@@ -95,7 +97,12 @@ def _compared(evaluate: EvaluateConfig, export: ExportConfig, most: float) -> di
 
 
 def _ruler(evaluate: EvaluateConfig) -> Ruler:
-    return open_ruler(evaluate, require(paths.CLASSIFIER, "features"), statistics_file(evaluate))
+    return open_ruler(
+        evaluate,
+        require(paths.CLASSIFIER, "features"),
+        statistics_file(evaluate),
+        asked(evaluate, paths.EVALUATE_CAPTIONS),
+    )
 
 
 if __name__ == "__main__":

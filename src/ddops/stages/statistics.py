@@ -1,11 +1,16 @@
-"""The file of statistics that a published protocol compares with."""
+"""What a protocol needs besides the judge: the file of statistics that it compares with, and its prompts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ddops.config.evaluation import EvaluateConfig, ImageNetEvaluateConfig
+from ddops.captions.store import PROMPTS, read_manifest
+from ddops.config.evaluation import EvaluateConfig, ImageNetEvaluateConfig, LocalFile, T2IEvaluateConfig
+from ddops.evaluation.ruler import Asked
+from ddops.files import sha256_file
+from ddops.hub.acquire import obtain_directory
 from ddops.hub.files import obtain_file
+from ddops.hub.records import DownloadError
 
 
 def statistics_file(evaluate: EvaluateConfig) -> Path | None:
@@ -16,4 +21,29 @@ def statistics_file(evaluate: EvaluateConfig) -> Path | None:
     """
     if isinstance(evaluate, ImageNetEvaluateConfig):
         return obtain_file(evaluate.statistics, "evaluate.statistics").path
+    if isinstance(evaluate, T2IEvaluateConfig):
+        return _local_file(evaluate.statistics)
     return None
+
+
+def asked(evaluate: EvaluateConfig, captions: Path) -> Asked | None:
+    """The prompts in ``captions``, and the CLIP model, fetched if need be; None for a protocol that asks by classes.
+
+    Raises:
+        CaptionError: there are no prompts. CheckpointError: the model cannot be had.
+    """
+    if not isinstance(evaluate, T2IEvaluateConfig):
+        return None
+    manifest = read_manifest(captions)
+    prompts = (captions / PROMPTS).read_text(encoding="utf-8").splitlines()
+    clip = None if evaluate.clip is None else obtain_directory(evaluate.clip)[0]
+    return Asked(prompts, manifest["prompts_sha256"], clip)
+
+
+def _local_file(config: LocalFile) -> Path:
+    path = Path(config.path).expanduser()
+    if not path.is_file():
+        raise DownloadError(f"{path}: no such file; evaluate.statistics.path is a file of the real images' statistics")
+    if config.sha256 is not None and (found := sha256_file(path)) != config.sha256:
+        raise DownloadError(f"{path}: has sha256 {found}, evaluate.statistics says {config.sha256}")
+    return path

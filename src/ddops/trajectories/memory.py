@@ -29,8 +29,10 @@ def sample_bytes(model: ModelConfig) -> int:
     the largest level's activations and logits. The flow map works in chunks, whose size does not depend on the batch.
     """
     length, largest = sum(model.level_sizes), max(model.level_sizes)
-    cache = 2 * model.depth * model.width * length
-    activations = ACTIVATION_COPIES * model.width * largest
+    # A caption passes through the transformer at once, before the first level.
+    caption = getattr(model, "condition_tokens", 1)
+    cache = 2 * model.depth * model.width * (length + caption - 1)
+    activations = ACTIVATION_COPIES * model.width * max(largest, caption)
     return FLOAT * (2 * (cache + activations) + LOGIT_COPIES * model.codebook_size * largest)
 
 
