@@ -25,7 +25,7 @@ from ddops.config.load import compose, write_params
 from ddops.files import write_json
 
 STAGES = (
-    *("features", "teacher", "trajectories", "distill_dd1", "ar_diffusion", "distill_dd2"),
+    *("captions", "features", "teacher", "trajectories", "distill_dd1", "ar_diffusion", "distill_dd2"),
     *("sample", "evaluate"),
 )
 

@@ -226,7 +226,7 @@ def test_a_trained_preset_is_sampled_from_its_workspace(tmp_path: Path, monkeypa
     assert main(["sample", str(tmp_path), "--row", "dd1", "--classes", "0", "--grid", str(tmp_path / "x.png")]) == 1
     save_weights(tmp_path / paths.DD1_STUDENT, student.state_dict(), config, STUDENT)
     monkeypatch.chdir(tmp_path)
-    arguments = ["--params", str(PARAMS), "--classes", "0,9", "--steps", "2", "--grid", "student.png"]
+    arguments = ["--params", str(PARAMS), "--row", "dd1", "--classes", "0,9", "--steps", "2", "--grid", "student.png"]
     assert main(["sample", "digits", *arguments]) == 0
     pictures = [Image.open(name) for name in ("teacher.png", "student.png")]
     assert pictures[0].size == pictures[1].size

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddops.captions.conditions import open_conditions
 from ddops.captions.digits import NUMERALS
-from ddops.config.load import compose, validate
+from ddops.cli import main
+from ddops.config.load import compose, validate, write_params
 from ddops.data import digits
 from ddops.evaluation.samples import open_samples
 from ddops.files import sha256_json
@@ -103,6 +105,18 @@ def test_grids_have_a_column_a_numeral(run):
     assert {"data.png", "teacher.png", "dd2_1step.png", "interpolation_dd1_1step.png"} <= {
         path.name for path in paths.GRIDS.iterdir()
     }
+
+
+def test_prompts_of_ones_own_are_drawn(run, capsys):
+    """Also such as no prompt set holds, with a word that the encoder does not know."""
+    write_params(compose(PARAMS, OVERRIDES), paths.PARAMS)
+    ours = ["--prompt", "a handwritten seven", "--prompt", "a purple three"]
+    for row in ("teacher", "dd1", "dd2"):
+        assert main(["sample", ".", "--row", row, *ours, "--grid", f"{row}.png"]) == 0
+        assert Image.open(f"{row}.png").width > 2 * 48
+    assert "2 images for a handwritten seven, a purple three" in capsys.readouterr().out
+    assert main(["sample", ".", "--classes", "7", "--grid", "none.png"]) == 1
+    assert "--prompt: this model draws for captions" in capsys.readouterr().err
 
 
 def test_the_exported_graph_draws_prompts(run):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddops.captions.errors import CaptionError
 from ddops.files import atomic_path, sha256_file, write_json, write_text
-from ddops.models.conditions import Captions
+from ddops.models.conditions import Captions, pad_left
 
 FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
@@ -74,6 +74,22 @@ class CaptionSet:
             here = shards_B == shard
             features_BTW[here] = self._features[shard][rows_BT[here]].float() * mask_BT[here][..., None]
         return Captions(features_BTW, mask_BT)
+
+
+class CaptionList:
+    """Captions in memory (a :class:`~ddops.models.conditions.CaptionTable`): of prompts that are in no set."""
+
+    def __init__(self, features: Sequence[Tensor], length: int) -> None:
+        """Of features (n, W), n at most ``length``."""
+        self._captions = pad_left(features, length)
+        self.length, self.width = length, features[0].shape[1]
+
+    def __len__(self) -> int:
+        return len(self._captions.mask_BT)
+
+    def captions(self, numbers_B: Tensor) -> Captions:
+        """See :meth:`CaptionTable.captions`."""
+        return Captions(*(part[numbers_B] for part in self._captions))
 
 
 def write_shard(path: Path, features: Sequence[Tensor], dtype: torch.dtype, fingerprint: str, first: int) -> None:
