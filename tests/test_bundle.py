@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -215,29 +214,6 @@ def test_saved_and_loaded_it_draws_the_same_and_has_a_card(pipe, tmp_path):
 def test_what_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path):
     with pytest.raises(BundleError, match="no such directory, and not of the form owner/name"):
         OneStepPipeline.from_pretrained(tmp_path / "nowhere" / "at all")
-
-
-def test_push_to_hub_uploads_the_bundle_with_its_card(pipe, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, **options):
-            calls.append(("create", repo_id, options))
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            names = {path.name for path in read_all(folder_path)}
-            calls.append(("upload", repo_id, names))
-            return type("Commit", (), {"commit_url": "https://example.invalid/commit/1"})
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert pipe.push_to_hub("me/model", private=True) == "https://example.invalid/commit/1"
-    assert calls[0] == ("create", "me/model", {"private": True, "exist_ok": True})
-    wanted = {"README.md", "manifest.json", "model.onnx", "student.safetensors", "tokenizer.safetensors"}
-    assert calls[1] == ("upload", "me/model", wanted)
-
-
-def read_all(directory):
-    return [path for path in Path(directory).rglob("*") if path.is_file()]
 
 
 # engines
