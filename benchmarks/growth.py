@@ -92,6 +92,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> list[dict[str, An
         trajectories(teacher, config, 500, place / "warm")
         made = {count: trajectories(teacher, config, count, place / str(count)) for count in arguments.counts}
         data = place / str(max(arguments.counts))
+        training(teacher, config, 1, data, place / "warm-training")
         rows.append(
             {
                 "width": width,

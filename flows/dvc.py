@@ -25,6 +25,8 @@ from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN
 from flows.leash import Leash
 from flows.progress import parse_bar
 
+DASK = "DDOPS_DASK"
+"""Address of a Dask scheduler, or ``local``."""
 DEFAULT_TIMEOUT = 24 * 3600.0
 TAIL_LINES = 12
 EDGE = re.compile(r'^"([^"]+)" -> "([^"]+)";$', re.MULTILINE)
@@ -116,12 +118,25 @@ def run(
     lock: int | None = None,
 ) -> Result:
     """One DVC command on a leash, with all its output passed on."""
+    return run_command(_command(arguments), workspace, environment(), forward, timeout=timeout, lock=lock)
+
+
+def run_command(
+    command: Sequence[str],
+    workspace: Path,
+    env: Mapping[str, str],
+    forward: Callable[[str], None],
+    *,
+    timeout: float = DEFAULT_TIMEOUT,
+    lock: int | None = None,
+) -> Result:
+    """Any command on a leash; what DVC prints is understood."""
     began = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     code: int | None = None
     skipped = restored = busy = timed_out = False
     keep_open = () if lock is None else (lock,)
-    with Leash(_command(arguments), cwd=workspace, env=environment(), keep_open=keep_open) as leash:
+    with Leash(command, cwd=workspace, env=env, keep_open=keep_open) as leash:
         try:
             for piece in leash.lines(timeout):
                 line = piece.rstrip()
@@ -148,6 +163,15 @@ def run(
         return Result(outcome, seconds, outcome.value)
     outcome = Outcome.TRY_AGAIN if busy else outcome_of(exit_code if code is None else code)
     return Result(outcome, seconds, _told(_ending(exit_code if code is None else code), tail))
+
+
+def is_up_to_date(stage: Stage, workspace: Path) -> bool:
+    """Whether DVC would skip the stage.
+
+    Raises:
+        DvcError: see :func:`ask`.
+    """
+    return not json.loads(ask(["status", "--json", stage.name], workspace))
 
 
 def outcome_of(code: int) -> Outcome:
@@ -196,8 +220,9 @@ def metrics_beside(workspace: Path, revision: str) -> dict[str, dict[str, dict[s
 
 
 def environment() -> dict[str, str]:
-    """For DVC and the stages: this interpreter first on the path, and nothing of Prefect's (keys, run ids)."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    """For DVC and the stages: this interpreter first on the path, and nothing of Prefect's (keys, run ids). Nor the
+    cluster: what is to be made there is mapped by the flow (``flows.shards``)."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_") and name != DASK}
     here = str(Path(sys.executable).parent)
     return {
         **kept,

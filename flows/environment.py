@@ -31,6 +31,8 @@ def settings(workspace: Path) -> dict[str, str]:
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         # The first start makes the database, which takes longer than the 20 s that are the default on a busy machine.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        # A proxy for the outside world is none for a server on this machine.
+        "no_proxy": "127.0.0.1,localhost",
         # 2 + 4 + ... + 256 s: a run outlives eight minutes without its server.
         "PREFECT_CLIENT_MAX_RETRIES": "8",
     }

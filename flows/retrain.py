@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,18 +12,16 @@ from prefect import flow, get_client, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, Crashed, Failed
+from prefect.states import Completed, Failed
 from pydantic import Field
 
 from ddops.config.load import ConfigError
-from flows import artifacts, dvc
+from flows import artifacts, dvc, shards
 from flows.dvc import Outcome, Result, Stage
 from flows.environment import GPU_TAG
-from flows.progress import parse_bar
+from flows.steps import RETRIES, as_state, delays, forward_to, may_pass
 from flows.workspace import WorkspaceBusyError, compose_parameters, end_with_the_worker, locked, write_parameters
 
-LOG_PROGRESS_SECONDS = 10.0
-RETRIES = 3
 SERVER_PATIENCE = 480.0
 
 Preset = Annotated[
@@ -91,7 +87,7 @@ class Job:
     @property
     def delays(self) -> list[float]:
         """Seconds to wait before each retry."""
-        return [self.retry_seconds * 2**attempt for attempt in range(RETRIES)]
+        return delays(self.retry_seconds)
 
 
 def _run_all(plan: list[Stage], job: Job) -> State[Any]:
@@ -108,6 +104,8 @@ def _run_all(plan: list[Stage], job: Job) -> State[Any]:
             tags=[GPU_TAG] if stage.device == "gpu" else [],
             retry_delay_seconds=job.delays,
         )
+        if (mapped := _map_shards(stage, job)) is not None and not mapped.is_completed():
+            return _like(mapped, stage.name)
         needed = [states[name] for name in stage.needs]
         state: State[Any] = named(stage, job, wait_for=needed, return_state=True)
         states[stage.name] = state
@@ -123,6 +121,15 @@ def _run_all(plan: list[Stage], job: Job) -> State[Any]:
     return Completed(message=f"{len(ran)} stages ran ({', '.join(ran) or 'none'}), {kept} were up to date")
 
 
+def _map_shards(stage: Stage, job: Job) -> State[Any] | None:
+    """Where there is a Dask cluster, have it make the shards; the stage has then only to put its seal on them."""
+    if stage.name != shards.STAGE or (cluster := shards.cluster_from_environment()) is None:
+        return None
+    if not job.force and dvc.is_up_to_date(stage, job.workspace):
+        return None
+    return shards.map_shards(cluster, job.workspace, job.delays)
+
+
 def _transfer(direction: str, job: Job) -> State[Any] | None:
     if job.remote is None:
         return None
@@ -136,17 +143,12 @@ def _like(state: State[Any], what: str) -> State[Any]:
     return State(type=state.type, name=state.name, message=f"{what}: {state.message}")
 
 
-def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
-    """Whether trying again may help."""
-    return state.name == "TryAgain"
-
-
 @task(retries=RETRIES, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False)
 def run_stage(stage: Stage, job: Job) -> State[Any]:
     """One DVC stage."""
     log = get_run_logger()
     with artifacts.ProgressArtifact(stage.name) as progress:
-        forward = _forward(log, progress)
+        forward = forward_to(log, progress)
         result = dvc.reproduce(stage, job.workspace, forward, force=job.force, lock=job.lock)
     await_server()
     return as_state(result)
@@ -158,7 +160,7 @@ def run_transfer(direction: str, job: Job) -> State[Any]:
     arguments = {"pull": ["pull", "--allow-missing", "--run-cache"], "push": ["push", "--run-cache"]}[direction]
     log = get_run_logger()
     with artifacts.ProgressArtifact(direction) as progress:
-        forward = _forward(log, progress)
+        forward = forward_to(log, progress)
         result = dvc.run([*arguments, "--remote", str(job.remote)], job.workspace, forward, lock=job.lock)
     if result.outcome is Outcome.FAILED:
         # DVC does not say why in its exit code; a remote that is away is the likeliest.
@@ -176,41 +178,3 @@ def await_server() -> None:
     with get_client(sync_client=True) as client:
         while client.api_healthcheck() is not None and time.monotonic() < deadline:
             time.sleep(1)
-
-
-def as_state(result: Result) -> State[Any]:
-    """Prefect's state for what became of a command."""
-    match result.outcome:
-        case Outcome.RAN:
-            return Completed(message=f"ran in {result.seconds:.1f} s")
-        case Outcome.UP_TO_DATE | Outcome.RESTORED:
-            return Completed(name="Cached", message=result.message)
-        case Outcome.REFUSED:
-            return Failed(name="Refused", message=result.message)
-        case Outcome.TRY_AGAIN:
-            return Failed(name="TryAgain", message=result.message)
-        case Outcome.TIMED_OUT:
-            return Failed(name="TimedOut", message=result.message)
-        case Outcome.KILLED:
-            return Crashed(message=result.message)
-        case Outcome.FAILED:
-            return Failed(message=result.message)
-
-
-def _forward(
-    log: logging.Logger | logging.LoggerAdapter[Any], progress: artifacts.ProgressArtifact
-) -> Callable[[str], None]:
-    """Lines go to the run's log, progress bars to the artifact, and now and then to the log too."""
-    last = 0.0
-
-    def forward(piece: str) -> None:
-        nonlocal last
-        if (bar := parse_bar(piece)) is None:
-            log.info("%s", piece.rstrip())
-            return
-        progress.show(bar)
-        if bar.percent == 100 or time.monotonic() - last > LOG_PROGRESS_SECONDS:
-            last = time.monotonic()
-            log.info("%s %d %%, %s", bar.title, bar.percent, bar.text)
-
-    return forward

@@ -1,0 +1,82 @@
+"""`ddops run` with a Dask cluster: the shards as Prefect tasks on real worker processes, one of which is killed."""
+
+import signal
+import subprocess
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from ddops.stages import paths
+from flows import dvc, shards
+from prefect_world import alive, eventually
+from test_pipeline import PATIENCE, clone, environment, run
+from tiny import SIZES, contents
+
+SMALL = [
+    *SIZES,
+    *("trajectories.count=24", "trajectories.shard_size=8", "trajectories.batch_size=8"),
+    *(
+        f"teacher.{part}.{setting}"
+        for part in ("training", "tokenizer_training")
+        for setting in ("steps=4", "warmup_steps=1")
+    ),
+]
+
+
+def making(flow):
+    """(worker, maker) of a shard that is being made: the Dask worker, and the command it holds on a leash."""
+    for process in psutil.Process(flow.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "--shards" in process.cmdline() and "leash.py" not in " ".join(process.cmdline()):
+                leash = process.parent()
+                return leash.parent(), process
+    return None
+
+
+@pytest.mark.pipeline
+def test_a_killed_worker_costs_nothing_and_the_bytes_are_those_of_one_process(tmp_path):
+    workspace = clone(tmp_path / "work")
+    env = {
+        **environment(workspace),
+        "DDOPS_DASK": "local",
+        "DDOPS_WORKERS": "2",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(PATIENCE),
+    }
+    command = ["ddops", "run", "smoke", *SMALL, "--target", "trajectories"]
+    with (tmp_path / "log").open("w") as log:
+        flow = subprocess.Popen(command, cwd=workspace, env=env, stdout=log, stderr=log)
+    try:
+        found = eventually(lambda: making(flow) or flow.poll() is not None, "a shard on a worker", PATIENCE)
+        assert flow.poll() is None, (tmp_path / "log").read_text()
+        worker, maker = found
+        worker.send_signal(signal.SIGKILL)
+        eventually(lambda: not alive(maker.pid), "the end of what the worker was making", 30)
+        code = flow.wait(PATIENCE)
+    finally:
+        flow.kill()
+    said = (tmp_path / "log").read_text()
+    assert code == 0, said
+    assert "3 shards to make" in said
+    assert all(f"shard-{number}" in said for number in range(3)), said
+    assert "trajectories: 24 of 24 are there already" in said
+    run(workspace, "ddops", "trajectories", "verify")
+    run(workspace, "ddops", "trajectories", "generate", "--directory", "alone")
+    assert contents(workspace / "alone") == contents(workspace / paths.TRAJECTORIES)
+
+    said = subprocess.run(command, cwd=workspace, env=env, capture_output=True, text=True, check=True).stdout
+    assert "0 stages ran (none), 3 were up to date" in said
+    assert "shards to make" not in said
+
+
+def test_the_cluster_is_what_the_environment_says(monkeypatch):
+    monkeypatch.delenv(dvc.DASK, raising=False)
+    assert shards.cluster_from_environment() is None
+    monkeypatch.setenv(dvc.DASK, "tcp://127.0.0.1:8786")
+    assert shards.task_runner(shards.cluster_from_environment()).address == "tcp://127.0.0.1:8786"
+    assert dvc.DASK not in dvc.environment(), "the stage would start a cluster of its own"
+    monkeypatch.setenv(shards.WORKERS, "3")
+    assert shards.task_runner("local").cluster_kwargs["n_workers"] == 3
+    monkeypatch.setenv(shards.WORKERS, "many")
+    with pytest.raises(dvc.DvcError, match="DDOPS_WORKERS=many: expected a number of processes"):
+        shards.task_runner("local")
