@@ -7,6 +7,7 @@ another. The stage then finds every shard in its place, checks them all, and wri
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -37,6 +38,8 @@ def cluster_from_environment() -> str | None:
 
 def map_shards(cluster: str, workspace: Path, delays: list[float]) -> State[Any]:
     """Have the cluster make what is missing of the workspace's data set."""
+    # What it says of its workers' coming and going is not for a run's log.
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     numbers = missing(workspace)
     if not numbers:
         return Completed(message="no shard is missing")

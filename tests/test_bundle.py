@@ -24,6 +24,7 @@ from ddops.export.tensorrt import Machine, choose_engine, library_version, targe
 from ddops.inference import OneStepPipeline, backends
 from ddops.inference.seeds import to_pixels
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
+from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from ddops.models.weights_dd2 import as_backbone, save_generator
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
@@ -243,6 +244,23 @@ def test_engines_are_built_without_a_gpu_and_recorded(engines, bundle):
     assert np.array_equal(
         pixels(OneStepPipeline.from_pretrained(directory), [4]), pixels(OneStepPipeline.from_pretrained(bundle), [4])
     )
+
+
+def test_an_engine_of_the_other_family_is_built(tmp_path):
+    """Its mask and its scales make other operations, in half precision as full-size models are exported."""
+    teacher, student = untrained("var")
+    model = tiny("var").teacher.model
+    save_weights(tmp_path / "student", student.state_dict(), model, STUDENT)
+    save_weights(tmp_path / "tokenizer", teacher.tokenizer.state_dict(), model, TOKENIZER)
+    export = dataclasses.replace(
+        tiny("var").export, precision="float16", parity_count=2, tolerance=None, min_psnr=20.0, min_equal_tokens=0.5
+    )
+    sources = Sources(tmp_path / "student", tmp_path / "tokenizer", (0, 2), 2)
+    bundle = tmp_path / "bundle"
+    write_bundle(bundle, sources, export, FACTS)
+    config = EngineConfig(flavour="tensorrt_rtx", targets=("89",), profile=ProfileConfig(min=1, opt=2, max=4))
+    (report,) = build_engines(bundle, bundle, config, None, lambda *phase: None)
+    assert report.bytes > 100_000
 
 
 def test_building_again_keeps_the_other_engines(engines, tmp_path):
