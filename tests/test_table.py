@@ -46,19 +46,31 @@ def row(fid, seconds=1.0):
 def test_the_papers_own_figures_keep_their_order_but_for_what_they_report():
     """VAR-d16: the paper's skip-1 (9.52) beats its DD1 in one step (9.94), as it says."""
     broken = [
-        claim for claim, holds in ordering({name: {"fid": fid} for name, fid in FIDS["var_d16"].items()}) if not holds
+        each.claim for each in ordering({name: {"fid": fid} for name, fid in FIDS["var_d16"].items()}) if not each.holds
     ]
     assert broken == ["dd1_1step 9.94 < skip_1 9.52"]
     llamagen = ordering({name: {"fid": fid} for name, fid in FIDS["llamagen_l"].items()})
-    assert all(holds for _, holds in llamagen)
-    assert "dd2_1step 7.58 < dd1_1step 11.35" in [claim for claim, _ in llamagen]
+    assert all(each.holds and each.clear for each in llamagen)
+    assert "dd2_1step 7.58 < dd1_1step 11.35" in [each.claim for each in llamagen]
 
 
 def test_the_table_shows_figures_speed_and_where_the_order_breaks():
     rows = {"teacher": row(5.0, 0.01), "dd1_2step": row(9.0, 0.002), "dd1_1step": row(8.0, 0.001)}
     result = {"preset": "var_d16", "protocol": {"name": "dd_50k"}, "rows": rows}
-    result["ordering"] = [{"claim": claim, "holds": holds} for claim, holds in ordering(rows)]
+    result["ordering"] = [each._asdict() for each in ordering(rows)]
     text = markdown(result, list(rows))
     assert "| DD1 student, 1 step | 1 | 5.00 M | 8.00 ± 0.10 | 1 | 10.0x | 9.94 | 6.3 |" in text
     assert "- teacher 5.00 < dd1_2step 9.00: holds" in text
-    assert "- dd1_2step 9.00 < dd1_1step 8.00: **does not hold**" in text
+    assert "- dd1_2step 9.00 < dd1_1step 8.00: **does not hold**\n" in text
+
+
+def test_a_difference_within_the_spread_says_so():
+    """Spreads of 0.1 each: their difference's is 0.14."""
+    rows = {"teacher": row(5.0), "dd1_1step": row(4.9), "dd2_1step": row(4.7)}
+    near, far = ordering(rows)
+    assert (near.holds, near.clear) == (False, False)
+    assert (far.holds, far.clear) == (True, True)
+    result = {"preset": "digits", "protocol": {"name": "digits"}, "rows": rows}
+    text = markdown({**result, "ordering": [near._asdict(), far._asdict()]}, list(rows))
+    assert "- teacher 5.00 < dd1_1step 4.90: **does not hold**, within the spread of their difference\n" in text
+    assert "- dd2_1step 4.70 < dd1_1step 4.90: holds\n" in text

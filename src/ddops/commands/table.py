@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         "rounds": arguments.timing_rounds,
         "device": str(models.device),
     }
-    result["ordering"] = [{"claim": claim, "holds": holds} for claim, holds in ordering(result["rows"])]
+    result["ordering"] = [claim._asdict() for claim in ordering({name: result["rows"][name] for name in names})]
     write_json(arguments.output, result)
     text = markdown(result, names)
     write_text(arguments.output.with_suffix(".md"), text)
@@ -101,7 +101,9 @@ def markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     order = [
-        f"- {entry['claim']}: {'holds' if entry['holds'] else '**does not hold**'}" for entry in result["ordering"]
+        f"- {entry['claim']}: {'holds' if entry['holds'] else '**does not hold**'}"
+        + ("" if entry["clear"] else ", within the spread of their difference")
+        for entry in result["ordering"]
     ]
     return "\n".join([*lines, "", "The papers' order:", "", *order, ""])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 PROTOCOL: Final = "dd_50k"
 """Which the figures below are of: they stand beside figures of that protocol and of no other."""
@@ -84,7 +84,16 @@ def all_rows(
     ]
 
 
-def ordering(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, bool]]:
+class Claim(NamedTuple):
+    """One pair of the papers' order."""
+
+    claim: str
+    holds: bool
+    clear: bool
+    """Whether the two differ by more than the spread of their difference over the sampling seeds."""
+
+
+def ordering(rows: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
     """The papers' order, pair by pair, and whether these rows keep it: teacher < teacher-involved < DD1's two steps <
     its one < skip < onestep*, and DD2's one step < DD1's."""
     involved = sorted((name for name in rows if name.startswith("teacher_involved")), key=_first_level)
@@ -97,7 +106,8 @@ def ordering(rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, bool]]:
     found = []
     for better, worse in pairs:
         a, b = rows[better]["fid"], rows[worse]["fid"]
-        found.append((f"{better} {a:.2f} < {worse} {b:.2f}", bool(a < b)))
+        spread = math.hypot(*(rows[name].get("fid_spread", 0.0) for name in (better, worse)))
+        found.append(Claim(f"{better} {a:.2f} < {worse} {b:.2f}", bool(a < b), bool(abs(a - b) > spread)))
     return found
 
 
