@@ -83,7 +83,7 @@ def tables(results: dict[str, Any]) -> list[str]:
                 f"{statistics.median(processor):.2f}" if processor else "",
                 f"{ratio(figures, part[base]):.2f}" if base and base != name else "1",
                 f"{paper:g}" if paper else "",
-                f"{statistics.median(figures['peak_mb']):,.0f}",
+                f"{statistics.median(figures['peak_mb']):,.0f}" if figures.get("peak_mb") else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

@@ -130,12 +130,13 @@ class VARStudentSession(StudentSession):
     def predict(self, x_BlC: Tensor, given: int, coded: int) -> StudentOutput:
         """See :meth:`StudentSession.predict`."""
         transformer, positions = self._student.transformer, x_BlC.shape[1] + 1
-        first_PD, *block_terms, head_PD = (noise_data_rows(table, given + 1, positions) for table in self._tables)
+        # One after the other: together the rows of all blocks would be most of a pass's memory.
+        terms = (noise_data_rows(table, given + 1, positions) for table in self._tables)
         attend = LevelAttention(transformer.layout, positions, x_BlC)
-        x_BPD = transformer.embed_sequence(self._cond_BD, x_BlC) + first_PD
-        for block, vectors_B16D, term_PD in zip(transformer.blocks, self._vectors.blocks, block_terms, strict=True):
-            x_BPD = block(x_BPD, vectors_B16D, attend, between_BlD=term_PD)
-        x_BlD = (x_BPD + head_PD)[:, 1:]
+        x_BPD = transformer.embed_sequence(self._cond_BD, x_BlC) + next(terms)
+        for block, vectors_B16D in zip(transformer.blocks, self._vectors.blocks, strict=True):
+            x_BPD = block(x_BPD, vectors_B16D, attend, between_BlD=next(terms))
+        x_BlD = (x_BPD + next(terms))[:, 1:]
         logits_BlV = transformer.predict(x_BlD[:, given:coded], self._vectors)
         return StudentOutput(logits_BlV, self._student.regression_head(x_BlD[:, coded:], self._cond_BD))
 
