@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "trajectories": {"config", "files", "models", "captions", "flow", "sampling"},
     "pretrain": {"config", "data", "models", "training"},
     "distill": {"config", "models", "flow", "sampling", "losses", "training", "trajectories"},
+    "costs": {"config", "models", "flow", "sampling", "losses", "training", "trajectories", "pretrain", "distill"},
     "evaluation": {
         *("config", "files", "data", "models", "captions", "flow", "sampling", "trajectories", "torchvision_compat"),
     },
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     },
     "commands": {
         *("class_names", "config", "files", "models", "hub", "captions", "sampling", "losses", "trajectories"),
-        *("evaluation", "export", "serving", "stages"),
+        *("costs", "evaluation", "export", "serving", "stages"),
     },
     "cli": {"config", "models", "evaluation", "export", "commands"},
 }

@@ -6,7 +6,7 @@ import argparse
 
 from ddops.commands.arguments import Subparsers, add_preset, load_preset
 
-DEFAULT_DEVICE = "H200"
+DEFAULT_DEVICE = "h200"
 
 
 def register(commands: Subparsers) -> None:
@@ -17,7 +17,11 @@ def register(commands: Subparsers) -> None:
         description="Look before you run: `ddops plan var_d16`, or `ddops plan var_d16 trajectories.count=600000`.",
     )
     add_preset(parser)
-    parser.add_argument("--device", default=DEFAULT_DEVICE, help=f"for the hours; default: {DEFAULT_DEVICE}")
+    parser.add_argument(
+        "--device",
+        default=DEFAULT_DEVICE,
+        help=f"h200, h100, a100, 4090, cpu2, or `this` machine's CPU, probed; default: {DEFAULT_DEVICE}",
+    )
     parser.set_defaults(run=run)
 
 

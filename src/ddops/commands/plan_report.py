@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ddops.commands import estimates
-from ddops.commands.estimates import Device, Measured, ModelSize
 from ddops.config.captions import NoCaptionsConfig, SeededEncoderConfig
+from ddops.commands.arguments import CommandError
+from ddops.commands.estimates import Measured, ModelSize
+from ddops.config.dd2 import TrainedDD2Config
 from ddops.config.evaluation import ImageNetEvaluateConfig, InceptionFeaturesConfig, RemoteFile
 from ddops.config.stages import (
     Config,
@@ -14,6 +16,8 @@ from ddops.config.stages import (
     ReleasedDD1Config,
     TrainedDD1Config,
 )
+from ddops.costs.devices import Device, UnknownDevice, find_device
+from ddops.costs.stages import StageCost, predict, samples
 from ddops.hub.records import LOCK, HubRecords
 
 LPIPS_BYTES = 0.55e9
@@ -23,14 +27,16 @@ INCEPTION_BYTES = 0.1e9
 
 def describe(config: Config, device_name: str) -> str:
     """The whole plan as text."""
-    device = estimates.find_device(device_name)
+    try:
+        device = find_device(device_name)
+    except UnknownDevice as error:
+        raise CommandError(f"--device: {error}") from None
     measured = estimates.measure(config)
     sections = [
         _models(config, measured),
         _stages(config),
         _disk(config, measured),
-        _memory(config, measured, device, device_name),
-        _work(config, measured, device, device_name),
+        _costs(predict(config, device), device, device_name),
     ]
     return f"preset {config.preset}\n\n" + "\n\n".join("\n".join(lines) for lines in sections)
 
@@ -60,7 +66,8 @@ def _stages(config: Config) -> list[str]:
         "teacher": _teacher(config),
         "trajectories": f"{count:,} by the flow map" if count else "none",
         "distill_dd1": _distill(config),
-        "sample": f"{estimates.samples(config):,} images x {len(evaluate.seeds)} seeds x {len(evaluate.rows)} rows",
+        "distill_dd2": _dd2(config),
+        "sample": f"{samples(config):,} images x {len(evaluate.seeds)} seeds x {len(evaluate.rows)} rows",
         "evaluate": _evaluate(config),
         "gate": f"{len(config.gate.rules)} rules",
         "export_onnx": f"{config.export.steps} step, opset {config.export.opset}",
@@ -108,7 +115,16 @@ def _distill(config: Config) -> str:
     dd1 = config.dd1
     if isinstance(dd1, ReleasedDD1Config):
         return _source(dd1.download, [dd1.download.student])
-    return f"train: {dd1.training.steps:,} steps of {dd1.training.batch_size}"
+    epochs = dd1.training.steps * dd1.training.batch_size / config.trajectories.count
+    return f"train: {dd1.training.steps:,} steps of {dd1.training.batch_size}, {epochs:.3g} epochs of the trajectories"
+
+
+def _dd2(config: Config) -> str:
+    dd2 = config.dd2
+    if not isinstance(dd2, TrainedDD2Config):
+        return "not trained"
+    steps = f"{dd2.training.steps:,} steps of {dd2.training.batch_size}"
+    return f"train: {steps}, each with {dd2.guidance.updates} of the guidance network"
 
 
 def _source(source: DownloadSource, files: list[PublishedFile]) -> str:
@@ -133,6 +149,8 @@ def _disk(config: Config, measured: Measured) -> list[str]:
         f"  trajectories  {_bytes(each * count):>10}  {each:,} bytes each; storing the noise would add "
         f"{noise:,} bytes each, {_bytes(noise * count)}" if count else "",
         f"  samples       {_bytes(estimates.image_bytes(config)):>10}",
+        f"  checkpoint    {_bytes(estimates.checkpoint_bytes(measured, dd2=config.dd2.source == 'train')):>10}  "
+        "while a network is trained" if config.dd1.source == "train" else "",
     ]  # fmt: skip
     return ["Disk (estimate)", *filter(None, lines)]
 
@@ -153,46 +171,37 @@ def _download_bytes(config: Config, measured: Measured) -> float:
     return sum(sizes) + (LPIPS_BYTES if lpips else 0) + (INCEPTION_BYTES if inception else 0)
 
 
-def _memory(config: Config, measured: Measured, device: Device, name: str) -> list[str]:
-    batch = estimates.trajectory_batch(config, measured, device)
-    needs = {
-        f"trajectories (batch {batch})": estimates.sampling_memory(config, measured, batch)
-        if config.trajectories.count
-        else 0.0,
-        "sample": estimates.sampling_memory(config, measured, config.evaluate.batch_size),
-    }
-    if isinstance(config.dd1, TrainedDD1Config):
-        key = f"distill_dd1 (batch {config.dd1.training.batch_size})"
-        needs[key] = estimates.training_memory(config, measured)
+def _costs(costs: dict[str, StageCost], device: Device, name: str) -> list[str]:
     lines = []
-    for stage, needed in needs.items():
-        fits = "" if needed <= device.memory else f"  more than the {name} has: lower the batch size"
-        lines.append(f"  {stage:<28}{_bytes(needed):>10}{fits}") if needed else None
-    return [f"GPU memory (estimate, float32; {name} has {_bytes(device.memory)})", *lines]
-
-
-def _work(config: Config, measured: Measured, device: Device, name: str) -> list[str]:
-    passes = measured.passes
-    each = (
-        f"  an image: teacher {passes.teacher / 1e9:.1f}, flow map {passes.flow_map / 1e9:.1f}, "
-        f"student step {passes.student / 1e9:.1f}, decoder {passes.decode / 1e9:.1f} GFLOP"
-    )
-    work = {
-        "trajectories": estimates.trajectory_flops(config, measured),
-        "distill_dd1": estimates.distill_flops(config, measured),
-        "sample": estimates.sample_flops(config, measured),
-    }
-    lines = [
-        f"  {stage:<14}{flops / 1e15:12.4g} PFLOP{flops / device.flops / 3600:12.2g} h"
-        for stage, flops in work.items()
-        if flops
-    ]
+    for stage, cost in costs.items():
+        fits = "" if cost.memory <= device.memory else f"  more than the {name} has: lower the batch size"
+        lines.append(
+            f"  {stage:<14}{_duration(cost.seconds):>10}{_bytes(cost.memory):>12}{cost.batch:>7}"
+            f"{cost.flops / 1e15:12.4g} PFLOP{_share(cost, device)}{fits}"
+        )
+    total = sum(cost.seconds for cost in costs.values())
+    rates = f"{device.flops / 1e12:.3g} TFLOP/s in float32, {device.half_flops / 1e12:.3g} in bfloat16"
     return [
-        f"Work (estimate; hours at the {name}'s full bf16 rate, {device.flops / 1e12:.0f} TFLOP/s, {device.source}:",
-        "  a floor, not a forecast; float32 and Python take several times that)",
-        each,
+        f"Time and memory (predicted, one {name}: {device.source})",
+        f"  {'stage':<14}{'time':>10}{'memory':>12}{'batch':>7}{'work':>18}  share of the float32 rate",
         *lines,
+        f"  {'together':<14}{_duration(total):>10}",
+        f"  {name}: {_bytes(device.memory)}; {rates}, {device.bandwidth / 1e12:.3g} TB/s, "
+        f"{device.launch * 1e6:.2g} us an operator",
+        "  An operator takes what its arithmetic, its bytes or its launch takes; docs/COST.md: how far that carries",
     ]
+
+
+def _share(cost: StageCost, device: Device) -> str:
+    """How much of the time is arithmetic at the float32 rate."""
+    return f"{cost.flops / device.flops / cost.seconds:8.0%}" if cost.seconds else ""
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _bytes(count: float) -> str:
