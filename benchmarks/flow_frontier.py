@@ -54,11 +54,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "V 8, C 1": Shape(8, 1, False, 0, 20_000),
-    "V 64, C 4 (digits)": Shape(64, 4, False, 0, 10_000),
-    "V 1024, C 8, unit norm": Shape(1024, 8, True, 0, 5_000),
+    "V 8, C 1": Shape(8, 1, False, 0, 10_000),
+    "V 64, C 4 (digits)": Shape(64, 4, False, 0, 5_000),
+    "V 1024, C 8, unit norm": Shape(1024, 8, True, 0, 2_000),
     "V 4096, C 32, top 900 (VAR)": Shape(4096, 32, False, 900, 5_000),
-    "V 16384, C 8, unit norm (LlamaGen)": Shape(16384, 8, True, 0, 3_000),
+    "V 16384, C 8, unit norm (LlamaGen)": Shape(16384, 8, True, 0, 1_500),
 }
 
 

@@ -4,8 +4,8 @@
 
 The digits cases are the preset's own; the published ones have its widths, tokens and codebook, fewer blocks, random
 weights and one sample, since a CPU takes minutes for a full step. The floor is the step's FLOPs (counted by torch)
-over the rate of a large float32 matrix product in the same process. Each case runs in a process of its own, so that its
-peak of resident memory is its own; settings of one case are timed in turns.
+over the rate of a large float32 matrix product in the same process; both by CPU time. Each case runs in a process of
+its own, so that its peak of resident memory is its own; settings of one case are timed in turns.
 """
 
 from __future__ import annotations
@@ -161,10 +161,10 @@ def matmul_rate(size: int = 1536) -> float:
 
 
 def seconds(step: Step) -> float:
-    """Of one call."""
-    begun = time.perf_counter()
+    """CPU time of one call on one thread: other programs take turns with this one, and the wall's clock runs on."""
+    begun = time.process_time()
     step()
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def measure(case: str, params: Path) -> dict[str, Any]:

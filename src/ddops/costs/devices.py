@@ -20,6 +20,11 @@ EAGER_LAUNCH: Final = 6e-6
 """Seconds between two operators that Python launches on a GPU."""
 
 
+IN_A_MODEL: Final = 0.75
+"""Speed of operators in a model, which find their arrays in farther caches, over that in a probe's loop: fitted on the
+steps of the preset digits (benchmarks/plan_check.py), and checked on full-size models."""
+
+
 class UnknownDevice(ValueError):
     """No device of that name."""
 
@@ -73,9 +78,9 @@ DEVICES: Final = {
     "h100": _card(67e12, 989e12, 3.35e12, 80e9),
     "a100": _card(19.5e12, 312e12, 2.04e12, 80e9),
     "4090": _card(82.6e12, 165e12, 1.01e12, 24e9),
-    # The machine of benchmarks/, one thread of one core that others use too: benchmarks/results/plan_check.json.
+    # The machine of benchmarks/: CPU time of one thread, see benchmarks/results/plan_check.json.
     "cpu2": Device(
-        24e9, 60e9, 8e9, 8e-6, 16e9, "measured on two SMT siblings of one core, in use by others", overlaps=False
+        190e9, 400e9, 18e9, 7e-6, 24e9, "one thread of a core with AVX-512 and AMX, measured", overlaps=False
     ),
 }
 THIS: Final = "this"
@@ -112,10 +117,10 @@ def probe(clock: Callable[[], float] = time.perf_counter) -> Device:
     moved = sum(moved for moved, _ in passes)
     half_a, half_b = a.bfloat16(), b.bfloat16()
     return Device(
-        flops=2 * 768.0**3 / _seconds(clock, lambda: a @ b),
-        half_flops=2 * 768.0**3 / _seconds(clock, lambda: half_a @ half_b),
-        bandwidth=moved / sum(_seconds(clock, run) for _, run in passes),
-        launch=_seconds(clock, lambda: layer(small), repeats=200),
+        flops=IN_A_MODEL * 2 * 768.0**3 / _seconds(clock, lambda: a @ b),
+        half_flops=IN_A_MODEL * 2 * 768.0**3 / _seconds(clock, lambda: half_a @ half_b),
+        bandwidth=IN_A_MODEL * moved / sum(_seconds(clock, run) for _, run in passes),
+        launch=_seconds(clock, lambda: layer(small), repeats=200) / IN_A_MODEL,
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         source=f"this machine's CPU, probed now with {torch.get_num_threads()} threads",
         overlaps=False,

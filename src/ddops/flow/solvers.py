@@ -33,7 +33,7 @@ TOLERANCE: Final = 3e-3
 MOST_EVALUATIONS: Final = 100
 CHUNK_ELEMENTS = {"cpu": 1 << 19}
 """Tokens are mapped in chunks of at most this many (token, code) pairs, which bounds the memory. On a CPU a chunk's
-arrays of 2 MB stay in the second-level cache, which halves the time over 16,384 codes."""
+arrays of 2 MB stay in the second-level cache."""
 OTHER_CHUNK_ELEMENTS = 1 << 26
 """On an accelerator: 256 MB an array, where launching a kernel costs what a million pairs do."""
 
