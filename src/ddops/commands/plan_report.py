@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ddops.commands import estimates
-from ddops.config.captions import NoCaptionsConfig, SeededEncoderConfig
 from ddops.commands.arguments import CommandError
 from ddops.commands.estimates import Measured, ModelSize
+from ddops.config.captions import NoCaptionsConfig, SeededEncoderConfig
 from ddops.config.dd2 import TrainedDD2Config
 from ddops.config.evaluation import ImageNetEvaluateConfig, InceptionFeaturesConfig, RemoteFile
 from ddops.config.stages import (

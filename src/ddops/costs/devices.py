@@ -80,7 +80,7 @@ DEVICES: Final = {
     "4090": _card(82.6e12, 165e12, 1.01e12, 24e9),
     # The machine of benchmarks/: CPU time of one thread, see benchmarks/results/plan_check.json.
     "cpu2": Device(
-        190e9, 400e9, 18e9, 7e-6, 24e9, "one thread of a core with AVX-512 and AMX, measured", overlaps=False
+        145e9, 300e9, 13e9, 1e-5, 24e9, "one thread of a core with AVX-512 and AMX, measured", overlaps=False
     ),
 }
 THIS: Final = "this"

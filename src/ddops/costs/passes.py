@@ -72,7 +72,7 @@ class Step:
         return sum(operator.flops for operator in self.operators)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FullCaptions:
     """A prompt set whose captions fill their tokens."""
 
