@@ -119,7 +119,7 @@ def test_many_clients_at_once_each_get_their_own_images(bundle, server):
         ({"class": 1, "format": "gif"}, "format: Input should be 'png', 'webp' or 'base64'"),
         ({"class": 1, "colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"class": True}, "class"),
-        ({}, "class: Field required"),
+        ({}, "class: this model draws for a class"),
     ],
 )
 def test_an_impossible_request_is_refused_with_its_reason(client, request_, message):
