@@ -39,11 +39,12 @@ prefect-worker: $(READY)
 	.venv-triton/bin/python -m pip install --quiet nvidia-pytriton==0.7.0 'onnxruntime>=1.22,<2'
 	@touch $@
 
-test: $(READY) .venv-triton/.ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
+# A process a core for what runs in its own process; one at a time for what starts pipelines and servers and times them.
+test: test-fast .venv-triton/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m 'pipeline or prefect'
 
-test-fast: $(READY)
-	$(BIN)/pytest -m 'not pipeline and not prefect'
+test-fast: $(READY) .venv-triton/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not pipeline and not prefect' --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

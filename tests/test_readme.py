@@ -5,8 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from benchmarks.readme_table import markdown, replaced
+from benchmarks.readme import markdown, picture, replaced
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,7 +18,7 @@ def committed(path):
 
 
 def test_the_table_is_that_of_the_committed_metrics():
-    """After `dvc repro`: `python benchmarks/readme_table.py`."""
+    """After `dvc repro`: `python benchmarks/readme.py`."""
     metrics, readme = json.loads(committed("reports/metrics.json")), committed("README.md")
     assert readme == replaced(readme, markdown(metrics))
 
@@ -35,3 +36,10 @@ def test_a_table_shows_each_row_with_its_spread():
 def test_a_readme_without_marks_is_refused():
     with pytest.raises(ValueError, match="table:begin"):
         replaced("nothing here", "| |")
+
+
+def test_every_grid_is_whole_in_the_picture():
+    grids = {colour: Image.new("RGB", (100, 400), colour) for colour in ("red", "blue")}
+    drawn = picture(grids)
+    assert drawn.getpixel((99, drawn.height - 1)) == (255, 0, 0)
+    assert drawn.getpixel((drawn.width - 1, drawn.height - 1)) == (0, 0, 255)
