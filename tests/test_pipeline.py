@@ -166,7 +166,7 @@ def test_running_again_does_nothing(workspace):
     ("section", "change", "expected"),
     [
         ("gate", {"rules": {"mine": {"value": "teacher.fid", "max": 1e9}}}, ["gate"]),
-        ("evaluate", {"seeds": [2]}, ["evaluate", "gate", "sample"]),
+        ("evaluate", {"seeds": [2]}, ["evaluate", "export_onnx", "gate", "sample"]),
         ("trajectories", {"count": 700}, ["sample", "trajectories"]),
         ("sampling", {"guidance": 1.5}, ["ar_diffusion", "distill_dd2", "sample", "trajectories"]),
     ],
