@@ -129,7 +129,7 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 2.9 * rows), squeeze=False)
     for axis in axes.flat[len(parts) :]:
         axis.set_visible(False)
-    for axis, (title, part) in zip(axes.flat, parts.items(), strict=False):
+    for axis, (title, part) in zip(axes.flat[: len(parts)], parts.items(), strict=True):
         names = [name for name in part if baseline(name, part)]
         values = [ratio(part[name], part[baseline(name, part) or name]) for name in names]
         spread = [

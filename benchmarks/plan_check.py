@@ -9,20 +9,15 @@ other programs take turns with this one.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import run_cases
 from torch import Tensor
 
 from ddops.config.evaluation import DigitsFeaturesConfig
@@ -35,7 +30,6 @@ from ddops.costs.passes import ALONE, Shapes, Step, Work
 from ddops.distill.dd1 import dd1_objective
 from ddops.distill.dd2 import DD2Objectives
 from ddops.evaluation.judge import new_classifier
-from ddops.files import write_json
 from ddops.losses.perceptual import classifier_distance
 from ddops.models.ar_diffusion import new_ar_diffusion
 from ddops.models.registry import build_student, build_teacher
@@ -192,30 +186,5 @@ def measure(case: str, params: Path) -> dict[str, Any]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--params", type=Path, default=Path("params"))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--one", choices=CASES, help="measure one case in this process and print it")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.params)))
-        return
-    result: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    result["command"] = " ".join(["python", *sys.argv])
-    result["date"] = datetime.now(UTC).date().isoformat()
-    result["machine"] = f"{platform.system()} {platform.machine()}, 1 thread, no GPU"
-    result["torch"] = torch.__version__
-    result["seed"] = 0
-    for case in arguments.cases:
-        command = [sys.executable, __file__, "--output", str(arguments.output), "--params", str(arguments.params)]
-        done = subprocess.run([*command, "--one", case], check=True, stdout=subprocess.PIPE, text=True)
-        result[case] = json.loads(done.stdout.splitlines()[-1])
-        print(case, json.dumps(result[case], indent=2), flush=True)
-        write_json(arguments.output, result)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, CASES, measure)
