@@ -8,6 +8,7 @@ import sys
 
 import psutil
 import pytest
+import torch
 
 from ddops.config.training import TrainingConfig
 from ddops.stages import launch
@@ -125,9 +126,19 @@ def test_torchrun_is_asked_for_what_the_trainings_ask_for(monkeypatch, launcher,
     assert launch.processes_wanted(None) == 0
 
 
+@pytest.mark.parametrize(("gpus", "wanted"), [(0, 0), (1, 0), (2, 2), (8, 2)])
+def test_torchrun_is_asked_for_where_each_process_has_a_gpu(monkeypatch, gpus, wanted):
+    monkeypatch.delenv(launch.LAUNCHER, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert launch.processes_wanted(section(tokenizer_training=2, training=2)) == wanted
+    assert launch.processes_wanted(section(tokenizer_training=1, training=1)) == 0
+    monkeypatch.setenv(launch.LAUNCHER, "fork")
+    assert launch.processes_wanted(section(tokenizer_training=2, training=2)) == 0
+
+
 def test_what_torchrun_cannot_do_is_refused_by_name(monkeypatch):
     monkeypatch.setenv(launch.LAUNCHER, "mpirun")
-    with pytest.raises(LaunchError, match="DDOPS_LAUNCHER=mpirun: valid: fork, torchrun"):
+    with pytest.raises(LaunchError, match="DDOPS_LAUNCHER=mpirun: valid: auto, fork, torchrun"):
         launch.processes_wanted(section())
     monkeypatch.setenv(launch.LAUNCHER, "torchrun")
     with pytest.raises(LaunchError, match=r"tokenizer_training\.processes 1, training\.processes 2"):

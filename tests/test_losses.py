@@ -12,6 +12,7 @@ from ddops.losses.dd1 import cross_entropy, embedding_error
 from ddops.losses.perceptual import classifier_distance
 from ddops.models.classifier import DigitsClassifier
 from ddops.models.interface import StudentOutput
+from ddops.trajectories.dataset import TrajectoryBatch
 from tiny import tiny, untrained
 
 B, L, V, C = 4, 6, 5, 3
@@ -174,7 +175,7 @@ class FakeTrajectories:
         self.ids_NL = torch.randint(64, (12, length), generator=generator)
 
     def batch(self, indices_B, step):
-        return self.labels_N[indices_B], self.noise_NLC[indices_B], self.ids_NL[indices_B]
+        return TrajectoryBatch(self.labels_N[indices_B], self.noise_NLC[indices_B], self.ids_NL[indices_B])
 
 
 @pytest.fixture(params=["llamagen", "var"])

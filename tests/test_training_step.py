@@ -12,6 +12,7 @@ from ddops.models.classifier import DigitsClassifier
 from ddops.models.weights_dd2 import as_backbone
 from ddops.training.loop import build_optimizers, compile_blocks, frozen_copy, update, update_ema
 from ddops.training.replicas import Replicas
+from ddops.trajectories.dataset import TrajectoryBatch
 from tiny import tiny, untrained
 
 FAMILIES = ["llamagen", "var"]
@@ -42,7 +43,7 @@ class Random:
     def batch(self, indices_B, step):
         size = len(indices_B), self.length
         noise_BLC = torch.randn(*size, self.codebook_VC.shape[1])
-        return torch.randint(10, size[:1]), noise_BLC, torch.randint(len(self.codebook_VC), size)
+        return TrajectoryBatch(torch.randint(10, size[:1]), noise_BLC, torch.randint(len(self.codebook_VC), size))
 
 
 def test_the_watch_sees_what_waits():

@@ -209,7 +209,10 @@ def _path_length(row: Row, config: Config, models: Models, seed: int, arguments:
 
     assert row.generator is not None
     on_digits = isinstance(config.evaluate, DigitsEvaluateConfig)
-    distance = classifier_distance(load_classifier(paths.CLASSIFIER)) if on_digits else lpips_distance()
+    if on_digits:
+        distance = classifier_distance(load_classifier(paths.CLASSIFIER).to(models.device))
+    else:
+        distance = lpips_distance(models.device)
     labels_N = torch.arange(arguments.ppl_samples) % models.teacher.num_conditions
     shape = (models.teacher.layout.length, models.teacher.codebook_VC.shape[1])
     request = Request(labels_N, config.evaluate.batch_size)

@@ -31,7 +31,7 @@ def ar_diffusion_objective(
 
     def objective(model: nn.Module, indices_B: Tensor, step: int) -> Mapping[str, Tensor]:
         student = cast(ARDiffusion, model)
-        labels_B, ids_BL = dataset.sequences(indices_B)
+        labels_B, ids_BL = (part.to(codebook_VC.device) for part in dataset.sequences(indices_B))
         q_BLC = F.embedding(ids_BL, codebook_VC)
         log_p_BLV = conditional_log_probs(teacher, labels_B, ids_BL, sampling)
         hidden_BLD = student.hidden(labels_B, ids_BL)

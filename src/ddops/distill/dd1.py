@@ -24,12 +24,13 @@ def dd1_objective(
     """One training step's loss: the student sees the first ``start`` levels as data and the rest as the trajectory's
     own noise, and predicts every later token at once, ``start`` drawn anew for each sample."""
     codebook_VC = teacher.codebook_VC.detach()
-    starts = torch.tensor(config.start_positions)
+    device = codebook_VC.device
+    starts = torch.tensor(config.start_positions).to(device)
 
     def objective(model: nn.Module, indices_B: Tensor, step: int) -> Mapping[str, Tensor]:
         student = cast(Student, model)
-        labels_B, noise_BLC, ids_BL = batches.batch(indices_B, step)
-        start_B = starts[torch.randint(len(starts), (len(indices_B),))]
+        labels_B, noise_BLC, ids_BL = batches.batch(indices_B, step).to(device)
+        start_B = starts[torch.randint(len(starts), (len(indices_B),), device=device)]
         q_BLC = F.embedding(ids_BL, codebook_VC)
         output = student(renoise(q_BLC, noise_BLC, start_B, student.layout), labels_B, start_B)
         predicted_BL = ~student.layout.given_mask(start_B)

@@ -80,8 +80,9 @@ class DD2Objectives:
         self.batches = batches
         self.config = config
         self.sampling = sampling
-        self.starts = torch.tensor(start_positions)
         self.codebook_VC = teacher.codebook_VC.detach()
+        self.device = self.codebook_VC.device
+        self.starts = torch.tensor(start_positions).to(self.device)
 
     def guidance(self, generator: nn.Module, guidance: nn.Module, count: int) -> Mapping[str, Tensor]:
         """Learn the conditionals of fresh samples: by cross-entropy where the network models codes, else by denoising
@@ -123,8 +124,8 @@ class DD2Objectives:
 
     def generate(self, generator: Student, count: int) -> Generated:
         """Fresh noise, uniformly drawn classes, one pass."""
-        labels_B = torch.randint(generator.num_conditions, (count,))
-        noise_BLC = torch.randn(count, generator.layout.length, self.codebook_VC.shape[1])
+        labels_B = torch.randint(generator.num_conditions, (count,), device=self.device)
+        noise_BLC = torch.randn(count, generator.layout.length, self.codebook_VC.shape[1], device=self.device)
         output = generator(noise_BLC, labels_B, torch.zeros_like(labels_B))
         if self.config.output == "codes":
             # The nearest code to a code is itself: nothing is searched.
@@ -159,8 +160,8 @@ class DD2Objectives:
 
     def anchor(self, generator: Student, indices_B: Tensor, step: int) -> Tensor:
         """DD1's cross-entropy on the trajectories, from all of its start positions: scalar *(ours)*."""
-        labels_B, noise_BLC, ids_BL = self.batches.batch(indices_B, step)
-        start_B = self.starts[torch.randint(len(self.starts), (len(indices_B),))]
+        labels_B, noise_BLC, ids_BL = self.batches.batch(indices_B, step).to(self.device)
+        start_B = self.starts[torch.randint(len(self.starts), (len(indices_B),), device=self.device)]
         x_BLC = renoise(F.embedding(ids_BL, self.codebook_VC), noise_BLC, start_B, generator.layout)
         logits_BLV = generator(x_BLC, labels_B, start_B).logits_BLV
         return cross_entropy(logits_BLV, ids_BL, ~generator.layout.given_mask(start_B)).mean()
@@ -180,7 +181,7 @@ def token_divergence(log_q_BLV: Tensor, log_p_BLV: Tensor) -> Tensor:
 
 def within_class_spread(q_NLC: Tensor, labels_N: Tensor) -> float:
     """Mean squared distance of a sequence to the mean of its class: how much varies besides the class."""
-    squares = torch.zeros(())
+    squares = q_NLC.new_zeros(())
     for label in labels_N.unique():
         q_MLC = q_NLC[labels_N == label]
         squares = squares + (q_MLC - q_MLC.mean(0)).square().sum()

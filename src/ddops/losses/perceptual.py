@@ -29,8 +29,10 @@ def classifier_distance(classifier: DigitsClassifier) -> PerceptualDistance:
     return distance
 
 
-def lpips_distance(memory_format: torch.memory_format = torch.contiguous_format) -> PerceptualDistance:
-    """LPIPS with its VGG-16 backbone.
+def lpips_distance(
+    device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+) -> PerceptualDistance:
+    """LPIPS with its VGG-16 backbone, for images on ``device``.
 
     Raises:
         CheckpointError: torchvision's VGG-16 weights are neither cached nor to be downloaded, or damaged.
@@ -47,10 +49,10 @@ def lpips_distance(memory_format: torch.memory_format = torch.contiguous_format)
             f"LPIPS (lpips_vgg) needs torchvision's VGG-16 weights, which could not be had ({error}). Download "
             f"https://download.pytorch.org/models/vgg16-397923af.pth elsewhere and copy it to {folder}"
         ) from error
-    network = network.to(memory_format=memory_format)
+    network = network.to(device=device, memory_format=memory_format)
 
     def distance(a_BIHW: Tensor, b_BIHW: Tensor) -> Tensor:
-        result: Tensor = network.to(a_BIHW.device)(a_BIHW, b_BIHW)
+        result: Tensor = network(a_BIHW, b_BIHW)
         return result.flatten()
 
     return distance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -44,8 +44,15 @@ class LevelLayout:
 
     def level_of_position(self, device: torch.device | str = "cpu") -> Tensor:
         """Level of each position, int64 of shape (L,)."""
-        # A constant, so that an exported graph holds it as one.
-        return torch.tensor([level for level, size in enumerate(self.sizes) for _ in range(size)], device=device)
+        if torch.device(device).type == "cpu":
+            # A constant, so that an exported graph holds it as one.
+            return torch.tensor([level for level, size in enumerate(self.sizes) for _ in range(size)])
+        # Made where it is used: a copy from the host would first wait for all that the GPU has been given to do.
+        runs, first = [], 0
+        for size, equal in groupby(self.sizes):
+            levels_S = torch.arange(first, first := first + len(tuple(equal)), device=device)
+            runs.append(levels_S[:, None].expand(-1, size).flatten())
+        return torch.cat(runs)
 
     def given_mask(self, start_B: Tensor) -> Tensor:
         """True where a position belongs to one of the first ``start`` levels: bool of shape (B, L)."""

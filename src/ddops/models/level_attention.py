@@ -49,9 +49,9 @@ class LevelAttention:
         self._leading = max(offset for offset in offsets if offset <= together)
         self._bounds = list(pairwise(offsets[offsets.index(self._leading) :]))
         self._mask_pp = student_mask(layout, like.device)[: self._leading, : self._leading]
-        # Of the key and the value that mean "itself": the channels beyond the head's own.
-        self._own_key_2 = torch.tensor([1.0, 1.0], device=like.device)
-        self._own_value_2 = torch.tensor([1.0, 0.0], device=like.device)
+        # Of the key and the value that mean "itself": the channels beyond the head's own. Used on the CPU only.
+        self._own_key_2 = torch.tensor([1.0, 1.0])
+        self._own_value_2 = torch.tensor([1.0, 0.0])
 
     def __call__(self, q_BHPE: Tensor, k_BHPE: Tensor, v_BHPE: Tensor, scale: float) -> Tensor:
         """See :data:`ddops.models.var.Attend`."""

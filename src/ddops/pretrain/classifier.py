@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ddops.data.digits import LabelledImages
 from ddops.models.classifier import DigitsClassifier
+from ddops.training.device import device_of
 from ddops.training.loop import Objective
 
 
@@ -25,9 +26,9 @@ def classifier_objective(data: LabelledImages) -> Objective:
     """Cross-entropy on images with a little noise, so that its features do not hang on single grey levels."""
 
     def objective(model: nn.Module, indices_B: Tensor, step: int) -> Mapping[str, Tensor]:
-        images_BIHW = data.images_NIHW[indices_B]
+        images_BIHW = data.images_NIHW[indices_B].to(device_of(model))
         logits_BK = model(images_BIHW + 0.1 * torch.randn_like(images_BIHW))
-        labels_B = data.labels_N[indices_B]
+        labels_B = data.labels_N[indices_B].to(logits_BK.device)
         accuracy = (logits_BK.argmax(1) == labels_B).float().mean()
         return {"loss": F.cross_entropy(logits_BK, labels_B), "accuracy": accuracy}
 
@@ -43,4 +44,5 @@ def accuracy(classifier: DigitsClassifier, data: LabelledImages) -> float:
     """
     if not len(data):
         raise ValueError("no held-out images: features.holdout must be above 0 to measure an accuracy")
-    return float((classifier(data.images_NIHW).argmax(1) == data.labels_N).double().mean())
+    predicted_N = classifier(data.images_NIHW.to(device_of(classifier))).argmax(1).cpu()
+    return float((predicted_N == data.labels_N).double().mean())

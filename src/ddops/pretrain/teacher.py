@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddops.models.interface import Teacher, Tokenizer
+from ddops.training.device import device_of
 from ddops.training.loop import Objective
 
 RESEED_EVERY = 50
@@ -20,7 +21,7 @@ def tokenizer_objective(images_NIHW: Tensor, codebook_weight: float) -> Objectiv
     """Reconstruction error plus the quantiser's own terms (van den Oord et al., arXiv 1711.00937)."""
 
     def objective(model: nn.Module, indices_B: Tensor, step: int) -> Mapping[str, Tensor]:
-        images_BIHW = images_NIHW[indices_B]
+        images_BIHW = images_NIHW[indices_B].to(device_of(model))
         output = cast(Tokenizer, model)(images_BIHW)
         error = F.mse_loss(output.reconstruction_BIHW, images_BIHW)
         return {"loss": error + codebook_weight * output.codebook_loss, "reconstruction_error": error}
@@ -33,7 +34,7 @@ def reseed_schedule(images_NIHW: Tensor, steps: int) -> Callable[[nn.Module, int
 
     def before_step(model: nn.Module, step: int) -> None:
         if step % RESEED_EVERY == 0 and step < steps * 2 // 3:
-            cast(Tokenizer, model).reseed_unused_codes(images_NIHW)
+            cast(Tokenizer, model).reseed_unused_codes(images_NIHW.to(device_of(model)))
 
     return before_step
 
@@ -43,8 +44,9 @@ def teacher_objective(ids_NL: Tensor, labels_N: Tensor, *, label_dropout: float,
 
     def objective(model: nn.Module, indices_B: Tensor, step: int) -> Mapping[str, Tensor]:
         teacher = cast(Teacher, model)
-        ids_BL, labels_B = ids_NL[indices_B], labels_N[indices_B]
-        drop_B = torch.rand(len(labels_B)) < label_dropout
+        device = device_of(model)
+        ids_BL, labels_B = ids_NL[indices_B].to(device), labels_N[indices_B].to(device)
+        drop_B = torch.rand(len(labels_B), device=device) < label_dropout
         given_BL = replace_tokens(ids_BL, token_dropout, len(teacher.codebook_VC))
         logits_BLV = teacher.logits(torch.where(drop_B, teacher.unconditional(labels_B), labels_B), given_BL)
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL.flatten())
@@ -58,5 +60,5 @@ def replace_tokens(ids_BL: Tensor, share: float, codebook_size: int) -> Tensor:
     """A random ``share`` of the tokens replaced by random codes: the input of a regularised training step."""
     if share == 0:
         return ids_BL
-    replaced_BL = torch.rand(ids_BL.shape) < share
+    replaced_BL = torch.rand(ids_BL.shape, device=ids_BL.device) < share
     return torch.where(replaced_BL, torch.randint_like(ids_BL, codebook_size), ids_BL)

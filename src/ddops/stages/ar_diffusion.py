@@ -25,6 +25,7 @@ from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import require, run_stage, write_not_trained
 from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
+from ddops.training.device import training_device
 from ddops.training.loop import seeded, train
 from ddops.trajectories.dataset import TrajectoryDataset
 from ddops.trajectories.shards import MANIFEST
@@ -40,7 +41,8 @@ def ar_diffusion(
     tokenizer_file, transformer_file = require(paths.TOKENIZER, "teacher"), require(paths.TRANSFORMER, "teacher")
     judge_files = [require(paths.CLASSIFIER, "features")] if isinstance(features, DigitsFeaturesConfig) else []
     trajectories = require(paths.TRAJECTORIES / MANIFEST, "trajectories")
-    teacher = as_backbone(load_teacher(tokenizer_file, transformer_file).requires_grad_(False))
+    device = training_device(ar_diffusion.training.processes)
+    teacher = as_backbone(load_teacher(tokenizer_file, transformer_file).requires_grad_(False).to(device))
     dataset = TrajectoryDataset(paths.TRAJECTORIES, teacher.codebook_VC.shape[1])
     conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher)
     checkpoint = checkpoint_file(
@@ -49,7 +51,7 @@ def ar_diffusion(
         [tokenizer_file, transformer_file, *judge_files, trajectories, *conditions.files],
     )
     state = train(
-        seeded(seed, lambda: new_ar_diffusion(teacher, ar_diffusion.head)),
+        seeded(seed, lambda: new_ar_diffusion(teacher, ar_diffusion.head)).to(device),
         ar_diffusion_objective(teacher, dataset, ar_diffusion, sampling),
         config=ar_diffusion.training,
         seed=seed,
@@ -72,9 +74,11 @@ def _fid(
 
     def curve(model: nn.Module) -> Mapping[str, float]:
         def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
-            noise_BLC = sample_noise(CURVE_SEED, indices_B, teacher, teacher.codebook_VC.shape[1])
+            codebook_VC = teacher.codebook_VC
+            noise_BLC = sample_noise(CURVE_SEED, indices_B, teacher, codebook_VC.shape[1]).to(codebook_VC.device)
+            labels_B = labels_B.to(codebook_VC.device)
             ids_BL = sample_ar_diffusion(cast(ARDiffusion, model), labels_B, noise_BLC, config.evaluations)
-            return teacher.decode(F.embedding(ids_BL, teacher.codebook_VC))
+            return teacher.decode(F.embedding(ids_BL, codebook_VC))
 
         return {"fid": fid(decode)}
 

@@ -50,7 +50,8 @@ class DD2Watch:
     ) -> None:
         self.teacher, self.config, self.starts = teacher, dd2, dd1.start_positions
         self.logit_prefix = dd2.logit_prefix(teacher.layout.num_levels)
-        self.batch = dataset.batch(torch.arange(min(dd2.evaluate_count, len(dataset))))
+        self.device = teacher.codebook_VC.device
+        self.batch = dataset.batch(torch.arange(min(dd2.evaluate_count, len(dataset)))).to(self.device)
         codes_NLC = F.embedding(self.batch.ids_BL, teacher.codebook_VC)
         self.teacher_spread = within_class_spread(codes_NLC, self.batch.labels_B)
         self.conditions = conditions
@@ -86,7 +87,8 @@ class DD2Watch:
 
     def _draw(self, student: Student, indices_B: Indices, labels_B: Tensor, starts: tuple[int, ...]) -> Tensor:
         codebook_VC = self.teacher.codebook_VC
-        noise_BLC = sample_noise(CURVE_SEED, indices_B, student, codebook_VC.shape[1])
+        noise_BLC = sample_noise(CURVE_SEED, indices_B, student, codebook_VC.shape[1]).to(self.device)
+        labels_B = labels_B.to(self.device)
         return self.teacher.decode(sample_student(student, codebook_VC, noise_BLC, labels_B, starts, self.logit_prefix))
 
     def _picture(self, student: Student, step: int) -> None:

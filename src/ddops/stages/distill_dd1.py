@@ -26,6 +26,7 @@ from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import require, run_stage
 from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
+from ddops.training.device import training_device
 from ddops.training.loop import seeded, train
 from ddops.training.replicas import own_share
 from ddops.training.schedule import batch_indices
@@ -48,21 +49,24 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
     judged = isinstance(features, DigitsFeaturesConfig)
     judge_files = [require(paths.CLASSIFIER, "features")] if judged else []
     require(paths.TRAJECTORIES / MANIFEST, "trajectories")
+    device = training_device(dd1.training.processes)
     teacher = load_teacher(tokenizer_file, transformer_file).requires_grad_(False)
     teacher.tokenizer.to(memory_format=memory_format(dd1))  # type: ignore[call-overload]
     dataset = TrajectoryDataset(paths.TRAJECTORIES, teacher.codebook_VC.shape[1])
 
     student = seeded(seed, lambda: build_student(model_config))
     student.init_from_teacher(teacher)
+    teacher.to(device)
+    student.to(device)
     conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher, student)
     inputs = [tokenizer_file, transformer_file, *judge_files, paths.TRAJECTORIES / MANIFEST, *conditions.files]
     checkpoint = checkpoint_file("dd1", [seed, dd1], inputs)
     batches = batch_source(
-        dataset, lambda step: own_share(batch_indices(seed, step, dd1.training.batch_size, len(dataset)))
+        dataset, lambda step: own_share(batch_indices(seed, step, dd1.training.batch_size, len(dataset))), device
     )
     state = train(
         student,
-        dd1_objective(teacher, batches, dd1, _perceptual_distance(dd1)),
+        dd1_objective(teacher, batches, dd1, _perceptual_distance(dd1, device)),
         config=dd1.training,
         seed=seed,
         dataset_size=len(dataset),
@@ -82,10 +86,10 @@ def memory_format(config: TrainedDD1Config) -> torch.memory_format:
     return torch.channels_last if config.perceptual.channels_last else torch.contiguous_format
 
 
-def _perceptual_distance(config: TrainedDD1Config) -> PerceptualDistance:
+def _perceptual_distance(config: TrainedDD1Config, device: torch.device) -> PerceptualDistance:
     if config.perceptual.network == "lpips_vgg":
-        return lpips_distance(memory_format(config))
-    return classifier_distance(load_classifier(paths.CLASSIFIER))
+        return lpips_distance(device, memory_format(config))
+    return classifier_distance(load_classifier(paths.CLASSIFIER).to(device))
 
 
 def _fid_curve(

@@ -18,6 +18,7 @@ from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import require, run_stage, write_not_trained
 from ddops.stages.dd2_watch import DD2Watch
 from ddops.training.alternating import train_alternating
+from ddops.training.device import training_device
 from ddops.training.loop import seeded
 from ddops.training.replicas import own_share
 from ddops.training.schedule import batch_indices
@@ -39,15 +40,18 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
     inputs += [require(paths.AR_DIFFUSION, "ar_diffusion")] if "ar_diffusion" in starts else []
     inputs += [require(paths.DD1_STUDENT, "distill_dd1")] if "dd1" in starts else []
 
+    device = training_device(dd2.training.processes)
     teacher = as_backbone(load_teacher(paths.TOKENIZER, paths.TRANSFORMER).requires_grad_(False))
     dataset = TrajectoryDataset(paths.TRAJECTORIES, teacher.codebook_VC.shape[1])
     generator = seeded(seed, lambda: _generator(dd2, teacher)).train()
     guidance = _guidance(dd2, teacher).train()
+    for model in (teacher, generator, guidance):
+        model.to(device)
     conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher, generator, guidance)
     inputs += conditions.files
     checkpoint = checkpoint_file("dd2", [seed, sampling, dd1.start_positions, dd2], inputs)
     batches = batch_source(
-        dataset, lambda step: own_share(batch_indices(seed, step, dd2.training.batch_size, len(dataset)))
+        dataset, lambda step: own_share(batch_indices(seed, step, dd2.training.batch_size, len(dataset))), device
     )
     watch = DD2Watch(teacher, dataset, dd1, dd2, conditions, judged=judged, fingerprint=checkpoint.fingerprint)
     state = train_alternating(

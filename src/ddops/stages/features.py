@@ -10,6 +10,7 @@ from ddops.pretrain.classifier import accuracy, classifier_objective, split
 from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import run_stage
+from ddops.training.device import training_device
 from ddops.training.loop import seeded, train
 
 
@@ -23,7 +24,7 @@ def features(seed: int, features: FeaturesConfig) -> None:
         _fetch(features)
         return
     training, heldout = split(digits.load(), features.holdout, seed)
-    classifier = seeded(seed, lambda: new_classifier(features))
+    classifier = seeded(seed, lambda: new_classifier(features)).to(training_device(features.training.processes))
     checkpoint = checkpoint_file("classifier", [seed, features])
     state = train(
         classifier,

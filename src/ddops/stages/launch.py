@@ -1,9 +1,10 @@
 """Who starts the processes that share a training: the training itself, by forking, or torchrun.
 
-``DDOPS_LAUNCHER=torchrun`` has a stage start itself anew under torchrun, with as many processes as its trainings'
-``processes``. Not a parameter of the pipeline, because the bytes do not depend on it. A stage that torchrun started, by
-hand and on several machines perhaps, takes its place among the others from torchrun's environment. Loads no torch by
-itself.
+A stage whose trainings share their batches starts itself anew under torchrun, with as many processes as its trainings'
+``processes``, where there is a GPU for each; elsewhere it forks them, and they compute on the CPU. ``DDOPS_LAUNCHER``
+(``fork`` or ``torchrun``) decides otherwise. Not a parameter of the pipeline: on a CPU the bytes do not depend on it. A
+stage that torchrun started, by hand and on several machines perhaps, takes its place among the others from torchrun's
+environment.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ddops.config.training import TrainingConfig
 from ddops.training.errors import LaunchError
 
 LAUNCHER = "DDOPS_LAUNCHER"
-LAUNCHERS = ("fork", "torchrun")
+LAUNCHERS = ("auto", "fork", "torchrun")
 TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
 """torchrun sets it in the processes that it starts."""
 EXIT_LOST = 75
@@ -31,7 +32,7 @@ def processes_wanted(section: Any) -> int:
         LaunchError: an unknown launcher; trainings of one stage that want different numbers; a stage that trains
             nothing, started by torchrun.
     """
-    launcher = os.environ.get(LAUNCHER, "fork")
+    launcher = os.environ.get(LAUNCHER, "auto")
     if launcher not in LAUNCHERS:
         raise LaunchError(f"{LAUNCHER}={launcher}: valid: {', '.join(LAUNCHERS)}")
     trainings = _trainings(section)
@@ -41,13 +42,13 @@ def processes_wanted(section: Any) -> int:
                 "this stage trains nothing that torchrun's processes could share; run it without torchrun"
             )
         return 0
-    if launcher == "fork" or not trainings:
+    most = max(trainings.values(), default=1)
+    if launcher == "fork" or most == 1 or (launcher == "auto" and _gpus() < most):
         return 0
     if len(set(trainings.values())) > 1:
         found = ", ".join(f"{name}.processes {count}" for name, count in trainings.items())
         raise LaunchError(f"{found}: torchrun starts as many for all trainings of a stage; let them agree")
-    (processes,) = set(trainings.values())
-    return processes if processes > 1 else 0
+    return most
 
 
 def torchrun(module: str, processes: int) -> int:
@@ -72,6 +73,13 @@ def torchrun(module: str, processes: int) -> int:
         print(f"\n{module}: {what}; run the same command again", file=sys.stderr)
         return EXIT_LOST
     return 0
+
+
+def _gpus() -> int:
+    # Here, because stages that share no training start without torch.
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _trainings(section: Any) -> dict[str, int]:

@@ -17,6 +17,7 @@ from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.common import run_stage
 from ddops.training.checkpoint import CheckpointFile
+from ddops.training.device import training_device
 from ddops.training.loop import seeded, train
 
 
@@ -40,7 +41,8 @@ def _trained_tokenizer(
 ) -> tuple[Tokenizer, CheckpointFile]:
     """The tokenizer. Its finished checkpoint stays, so a run killed later passes through here at once."""
     checkpoint = checkpoint_file("tokenizer", [seed, config.model, config.tokenizer_training, config.codebook_weight])
-    tokenizer = seeded(seed, lambda: build_tokenizer(config.model))
+    device = training_device(config.tokenizer_training.processes)
+    tokenizer = seeded(seed, lambda: build_tokenizer(config.model)).to(device)
     state = train(
         tokenizer,
         tokenizer_objective(images_NIHW, config.codebook_weight),
@@ -60,11 +62,12 @@ def _trained_tokenizer(
 def _trained_transformer(
     seed: int, config: TrainedTeacherConfig, tokenizer: Tokenizer, data: digits.LabelledImages
 ) -> tuple[dict[str, Tensor], CheckpointFile]:
-    model = seeded(seed, lambda: build_teacher(config.model))
+    device = training_device(config.training.processes)
+    model = seeded(seed, lambda: build_teacher(config.model)).to(device)
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.tokenizer.requires_grad_(False)
     with torch.inference_mode():
-        ids_NL = tokenizer.encode(data.images_NIHW).clone()
+        ids_NL = model.tokenizer.encode(data.images_NIHW.to(device)).clone().cpu()
     conditions = open_conditions(paths.TRAIN_CAPTIONS, model)
     labels_N = conditions.of_images(data.labels_N)
     checkpoint = checkpoint_file("transformer", [seed, config], conditions.files)

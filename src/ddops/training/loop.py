@@ -22,6 +22,7 @@ from ddops.config.dd2 import GuidanceConfig
 from ddops.config.training import TrainingConfig
 from ddops.training.checkpoint import CheckpointFile
 from ddops.training.curves import Curves
+from ddops.training.device import device_of
 from ddops.training.errors import TrainingDiverged
 from ddops.training.replicas import Replicas, replicas
 from ddops.training.schedule import batch_indices, ema_decay, learning_rate
@@ -56,6 +57,8 @@ def train(
     """Train ``model`` and return the state dict of its EMA weights.
 
     Args:
+        model: on the device it is to be trained on; so must be what ``objective`` computes with. The indices that it
+            is given are on the CPU.
         dataset_size: samples that ``objective``'s indices run over.
         checkpoint: where the state lives; a checkpoint of the same fingerprint is resumed.
         evaluate: called with the EMA model every ``evaluate_every`` steps and at the end; its values join the curves.
@@ -154,8 +157,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
 
 def autocast(model: nn.Module, precision: str) -> torch.autocast:
     """Half precision on the model's device where ``precision`` is ``bfloat16``; its range needs no loss scaling."""
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def seed_step(seed: int, step: int, rank: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Data-parallel training on the cores of one machine: one process of one thread for each share of the batch.
+"""Data-parallel training: one process for each share of the batch, on a core of this machine or a GPU of its own.
 
 Small models spend their steps in many short operations, which several threads of one process hardly speed up; several
 processes do. The replicas are forked when the training starts, so they share data set, teacher and objective, and end
@@ -6,7 +6,8 @@ with it. They hold the same weights at every step: each computes the gradient of
 gradients are averaged. Rank 0 is the process that called; it alone writes, evaluates and shows progress.
 
 Where torchrun started the stage (:mod:`ddops.stages.launch`), its processes are the replicas and nothing is forked:
-each runs the stage up to its last training, and rank 0 goes on from there. The bytes are the same.
+each runs the stage up to its last training, and rank 0 goes on from there. On a CPU the bytes are the same; see
+:mod:`ddops.training.device` for who has a GPU.
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ class TrajectoryBatch(NamedTuple):
     noise_BLC: Tensor
     ids_BL: Tensor
 
+    def to(self, device: torch.device) -> TrajectoryBatch:
+        """On another device; from pinned memory while the GPU computes what it was given before."""
+        return TrajectoryBatch(*(part.to(device, non_blocking=True) for part in self))
+
 
 class TrajectoryDataset:
     """All labels and token ids in memory; the noise is computed from (seed, index).

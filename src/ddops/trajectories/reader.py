@@ -35,23 +35,32 @@ class Direct:
         return self._dataset.batch(indices_B)
 
 
-def batch_source(dataset: TrajectoryDataset, indices_of: Callable[[int], Tensor]) -> BatchSource:
+def batch_source(dataset: TrajectoryDataset, indices_of: Callable[[int], Tensor], device: torch.device) -> BatchSource:
     """Reads ahead where a batch's noise has to be computed; ``indices_of`` gives a step's samples in this process."""
-    return Direct(dataset) if dataset.noise_in_memory else ReadAhead(dataset, indices_of)
+    if dataset.noise_in_memory:
+        return Direct(dataset)
+    return ReadAhead(dataset, indices_of, pinned=device.type == "cuda")
 
 
 class ReadAhead:
-    """The batches of the next ``ahead`` steps are under way in ``workers`` threads, in pinned memory for a GPU.
+    """The batches of the next ``ahead`` steps are under way in ``workers`` threads; where they are ``pinned``, a GPU
+    reads them from memory by itself.
 
     Threads start with the first batch, so a process may still be forked before that; and ``indices_of`` is asked from
     then on, so it may depend on which of the forked processes this is.
     """
 
     def __init__(
-        self, dataset: TrajectoryDataset, indices_of: Callable[[int], Tensor], *, workers: int = 2, ahead: int = 4
+        self,
+        dataset: TrajectoryDataset,
+        indices_of: Callable[[int], Tensor],
+        *,
+        pinned: bool = False,
+        workers: int = 2,
+        ahead: int = 4,
     ) -> None:
         self._dataset, self._indices_of, self._ahead = dataset, indices_of, ahead
-        self._workers = workers
+        self._workers, self._pinned = workers, pinned
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[TrajectoryBatch]] = {}
 
@@ -78,4 +87,4 @@ class ReadAhead:
 
     def _read(self, indices_B: Tensor) -> TrajectoryBatch:
         batch = self._dataset.batch(indices_B)
-        return TrajectoryBatch(*(part.pin_memory() for part in batch)) if torch.cuda.is_available() else batch
+        return TrajectoryBatch(*(part.pin_memory() for part in batch)) if self._pinned else batch
