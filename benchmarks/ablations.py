@@ -4,18 +4,21 @@
     dvc exp run --run-all                                      # or: dvc queue start --jobs 1
     python benchmarks/ablations.py start_positions --plot      # benchmarks/results/ablation_start_positions.{json,svg}
 
-``--set section.key=value`` goes into every experiment, e.g. ``--set preset=smoke``. What a point shares with others
-(judge, teacher, trajectories) comes from DVC's run cache.
+``--set section.key=value`` goes into every experiment, e.g. ``--set preset=smoke``; given with ``--plot`` again, it is
+written down with the figures. What points share (judge, teacher, trajectories) comes from DVC's run cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +76,7 @@ def queue(grid: str, settings: list[str]) -> None:
     """Queue every point."""
     for point, own in GRIDS[grid].points.items():
         overrides = [part for setting in (*NO_GATE, *settings, *own) for part in ("-S", setting)]
-        run(["exp", "run", "--queue", "--name", name_of(grid, point), *overrides])
+        run(["exp", "run", "--queue", "--name", name_of(grid, point), *overrides, "evaluate"])
     print("queued; next: dvc exp run --run-all")
 
 
@@ -90,8 +93,8 @@ def collect(grid: str) -> dict[str, dict[str, Any]]:
     return {point: found[point] for point in GRIDS[grid].points if point in found}
 
 
-def plot(grid: str) -> None:
-    """Write the figures and a chart; says which points are missing."""
+def plot(grid: str, settings: list[str]) -> None:
+    """Write the figures, and what they came from, and a chart; says which points are missing."""
     found, spec = collect(grid), GRIDS[grid]
     if missing := [point for point in spec.points if point not in found]:
         print(f"not run yet: {', '.join(missing)}", file=sys.stderr)
@@ -99,7 +102,15 @@ def plot(grid: str) -> None:
         raise SystemExit(f"no experiment of {grid} has run: --queue, then dvc exp run --run-all")
     rows = [row for row in spec.rows if all(row in metrics for metrics in found.values())]
     figures = {point: {row: metrics[row] for row in rows} for point, metrics in found.items()}
-    write_json(RESULTS / f"ablation_{grid}.json", {"title": spec.title, "points": figures})
+    command = ["python", "benchmarks/ablations.py", grid, "--queue", *(f"--set {setting}" for setting in settings)]
+    record = {
+        "title": spec.title,
+        "command": " ".join(command),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "points": figures,
+    }
+    write_json(RESULTS / f"ablation_{grid}.json", record)
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for row in rows:
@@ -133,7 +144,7 @@ def main() -> None:
     if arguments.queue:
         queue(arguments.grid, arguments.settings)
     else:
-        plot(arguments.grid)
+        plot(arguments.grid, arguments.settings)
 
 
 if __name__ == "__main__":
