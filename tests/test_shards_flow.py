@@ -1,8 +1,9 @@
 """`ddops run` with a Dask cluster: the shards as Prefect tasks on real worker processes, one of which is killed."""
 
+import json
 import signal
 import subprocess
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -67,6 +68,47 @@ def test_a_killed_worker_costs_nothing_and_the_bytes_are_those_of_one_process(tm
     said = subprocess.run(command, cwd=workspace, env=env, capture_output=True, text=True, check=True).stdout
     assert "0 stages ran (none), 3 were up to date" in said
     assert "shards to make" not in said
+
+
+@contextmanager
+def cluster_started_by_hand(workspace, tmp_path):
+    """A scheduler and two workers, as docs/SCALING.md starts them on machines of their own; the scheduler's address."""
+    env = {**environment(workspace), "PYTHONPATH": f"{workspace}:{environment(workspace).get('PYTHONPATH', '')}"}
+    address = (tmp_path / "scheduler.json").absolute()
+    nowhere = ["--dashboard-address", "127.0.0.1:0"]
+    scheduler = ["dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(address), *nowhere]
+    worker = ["dask", "worker", "--scheduler-file", str(address), "--host", "127.0.0.1", "--nthreads", "1", *nowhere]
+    with (tmp_path / "cluster").open("w") as log:
+        started = [
+            subprocess.Popen(command, cwd=workspace, env=env, stdout=log, stderr=log)
+            for command in (scheduler, worker, worker)
+        ]
+    try:
+        eventually(lambda: address.exists() and address.read_text().rstrip().endswith("}"), "the scheduler", PATIENCE)
+        yield json.loads(address.read_text())["address"]
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+@pytest.mark.pipeline
+def test_a_cluster_at_an_address_makes_the_same_bytes(tmp_path):
+    workspace = clone(tmp_path / "work")
+    command = ["ddops", "run", "smoke", *SMALL, "--target", "trajectories"]
+    with cluster_started_by_hand(workspace, tmp_path) as address:
+        env = {
+            **environment(workspace),
+            "DDOPS_DASK": address,
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(PATIENCE),
+        }
+        result = subprocess.run(command, cwd=workspace, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 shards to make" in result.stdout + result.stderr
+    assert (tmp_path / "cluster").read_text().count("Register worker") == 2
+    run(workspace, "ddops", "trajectories", "verify")
+    run(workspace, "ddops", "trajectories", "generate", "--directory", "alone")
+    assert contents(workspace / "alone") == contents(workspace / paths.TRAJECTORIES)
 
 
 def test_the_cluster_is_what_the_environment_says(monkeypatch):
