@@ -18,6 +18,7 @@ from prefect import flow, get_run_logger, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import as_completed
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 from prefect.task_runners import TaskRunner
 
@@ -65,13 +66,19 @@ def task_runner(cluster: str) -> TaskRunner[Any]:
     """Prefect's, on the cluster at an address, or on one of this machine's processes.
 
     Raises:
-        DvcError: prefect-dask is not installed, or DDOPS_WORKERS is no number.
+        DvcError: prefect-dask is not installed; DDOPS_WORKERS is no number; or there is no Prefect server, which the
+            workers of a cluster at an address report to.
     """
     try:
         from prefect_dask.task_runners import DaskTaskRunner
     except ImportError:
         raise dvc.DvcError(f"{dvc.DASK}={cluster} needs prefect-dask: pip install 'ddops[flows]'") from None
     if cluster != LOCAL:
+        if not PREFECT_API_URL.value():
+            raise dvc.DvcError(
+                f"{dvc.DASK}={cluster}: its workers report to a Prefect server: set PREFECT_API_URL to one that they "
+                f"reach (make prefect), or run dvc repro, which maps the shards without Prefect"
+            )
         return DaskTaskRunner(address=cluster)
     workers = os.environ.get(WORKERS, "2")
     if not workers.isdecimal() or int(workers) < 1:
@@ -95,7 +102,12 @@ def make_shards(numbers: list[int], workspace: Path, delays: list[float]) -> Sta
                 bad.append(future.state)
             progress.show(Progress("shards", 100 * done // len(numbers), f"{done}/{len(numbers)}"))
     if bad:
-        return Failed(name=bad[0].name, message=f"{len(bad)} of {len(numbers)} shards: {bad[0].message}")
+        first = bad[0]
+        # A worker that cannot report to Prefect's server leaves its task as it found it.
+        what = first.message if first.is_final() else "their worker did not report to Prefect: see the cluster's log"
+        return Failed(
+            name=first.name if first.is_final() else None, message=f"{len(bad)} of {len(numbers)} shards: {what}"
+        )
     return Completed(message=f"{len(numbers)} shards made")
 
 

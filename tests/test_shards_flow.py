@@ -1,16 +1,18 @@
 """`ddops run` with a Dask cluster: the shards as Prefect tasks on real worker processes, one of which is killed."""
 
 import json
+import os
 import signal
 import subprocess
 from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from ddops.stages import paths
 from flows import dvc, shards
-from prefect_world import alive, eventually
+from prefect_world import World, alive, eventually
 from test_pipeline import PATIENCE, clone, environment, run
 from tiny import SIZES, contents
 
@@ -73,7 +75,8 @@ def test_a_killed_worker_costs_nothing_and_the_bytes_are_those_of_one_process(tm
 @contextmanager
 def cluster_started_by_hand(workspace, tmp_path):
     """A scheduler and two workers, as docs/SCALING.md starts them on machines of their own; the scheduler's address."""
-    env = {**environment(workspace), "PYTHONPATH": f"{workspace}:{environment(workspace).get('PYTHONPATH', '')}"}
+    path = os.pathsep.join([str(workspace), str(workspace / "src")])
+    env = {**environment(workspace), "PYTHONPATH": path, "NO_PROXY": "127.0.0.1"}
     address = (tmp_path / "scheduler.json").absolute()
     nowhere = ["--dashboard-address", "127.0.0.1:0"]
     scheduler = ["dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(address), *nowhere]
@@ -94,15 +97,18 @@ def cluster_started_by_hand(workspace, tmp_path):
 
 @pytest.mark.pipeline
 def test_a_cluster_at_an_address_makes_the_same_bytes(tmp_path):
+    """With a Prefect server, which the flow alone is told of: the workers learn from it whom to report to."""
     workspace = clone(tmp_path / "work")
+    world = World(tmp_path, workspace)
+    env = {**environment(workspace), "PREFECT_API_URL": world.env["PREFECT_API_URL"]}
     command = ["ddops", "run", "smoke", *SMALL, "--target", "trajectories"]
-    with cluster_started_by_hand(workspace, tmp_path) as address:
-        env = {
-            **environment(workspace),
-            "DDOPS_DASK": address,
-            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(PATIENCE),
-        }
-        result = subprocess.run(command, cwd=workspace, env=env, capture_output=True, text=True, check=False)
+    world.start_server()
+    try:
+        with cluster_started_by_hand(workspace, tmp_path) as address:
+            env["DDOPS_DASK"] = address
+            result = subprocess.run(command, cwd=workspace, env=env, capture_output=True, text=True, check=False)
+    finally:
+        world.kill_server()
     assert result.returncode == 0, result.stdout + result.stderr
     assert "3 shards to make" in result.stdout + result.stderr
     assert (tmp_path / "cluster").read_text().count("Register worker") == 2
@@ -115,7 +121,10 @@ def test_the_cluster_is_what_the_environment_says(monkeypatch):
     monkeypatch.delenv(dvc.DASK, raising=False)
     assert shards.cluster_from_environment() is None
     monkeypatch.setenv(dvc.DASK, "tcp://127.0.0.1:8786")
-    assert shards.task_runner(shards.cluster_from_environment()).address == "tcp://127.0.0.1:8786"
+    with temporary_settings({PREFECT_API_URL: None}), pytest.raises(dvc.DvcError, match="set PREFECT_API_URL"):
+        shards.task_runner("tcp://127.0.0.1:8786")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        assert shards.task_runner(shards.cluster_from_environment()).address == "tcp://127.0.0.1:8786"
     assert dvc.DASK not in dvc.environment(), "the stage would start a cluster of its own"
     monkeypatch.setenv(shards.WORKERS, "3")
     assert shards.task_runner("local").cluster_kwargs["n_workers"] == 3

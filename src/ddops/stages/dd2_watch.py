@@ -97,5 +97,5 @@ class DD2Watch:
         labels_B = (torch.arange(columns) * count // columns).repeat(ROWS)
         with torch.no_grad():
             images_BIHW = self._draw(student, np.arange(len(labels_B), dtype=np.int64), labels_B, (0,))
-        picture = grid(to_uint8(images_BIHW), columns, scale=max(1, TILE // images_BIHW.shape[-1]))
+        picture = grid(to_uint8(images_BIHW).cpu(), columns, scale=max(1, TILE // images_BIHW.shape[-1]))
         save_png(picture, self.pictures / f"samples_{step:06d}.png")

@@ -67,7 +67,7 @@ def _trained_transformer(
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.tokenizer.requires_grad_(False)
     with torch.inference_mode():
-        ids_NL = model.tokenizer.encode(data.images_NIHW.to(device)).clone().cpu()
+        ids_NL = tokenizer.to(device).encode(data.images_NIHW.to(device)).clone().cpu()
     conditions = open_conditions(paths.TRAIN_CAPTIONS, model)
     labels_N = conditions.of_images(data.labels_N)
     checkpoint = checkpoint_file("transformer", [seed, config], conditions.files)
