@@ -46,7 +46,7 @@ def trajectories(teacher: Teacher, config: Config, count: int, directory: Path) 
     """Processor seconds and bytes of a data set."""
     settings = replace(config.trajectories, count=count, shard_size=500, batch_size=500)
     started = time.process_time()
-    generate(Job(lambda: teacher, "untrained", settings, config.sampling, config.seed, directory))
+    generate(Job(lambda precision: teacher, "untrained", settings, config.sampling, config.seed, directory))
     seconds = time.process_time() - started
     return {"seconds": seconds, "bytes": sum(file.stat().st_size for file in directory.iterdir())}
 

@@ -138,7 +138,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> tuple[Teacher, Student]:
 
 def test_its_trajectories_are_generated_and_read(models: tuple[Teacher, Student], tmp_path: Path) -> None:
     config = tiny("llamagen", "trajectories.count=60", "trajectories.shard_size=25", "trajectories.batch_size=10")
-    generate(Job(lambda: models[0], "none", config.trajectories, SAMPLING, 1, tmp_path))
+    generate(Job(lambda precision: models[0], "none", config.trajectories, SAMPLING, 1, tmp_path))
     dataset = TrajectoryDataset(tmp_path, code_dim=2)
     assert dataset.ids_NL.shape == (60, 4)
     assert set(dataset.labels_N.tolist()) == {0, 1, 2}

@@ -468,11 +468,11 @@ def test_the_batch_that_fits_fills_the_memory_and_no_more(family):
     model = tiny(family).teacher.model
     free = 3_000_000
     for weights in (0, 1_000_000):
-        size = memory.fitting_batch(model, weights, free)
-        assert weights + size * memory.sample_bytes(model) <= memory.SHARE * free
-        assert weights + 2 * size * memory.sample_bytes(model) > memory.SHARE * free
-    assert memory.fitting_batch(model, 0, 10**15) == memory.LARGEST
-    assert memory.fitting_batch(model, free, free) == 1
+        size = memory.fitting_batch(model, weights, free, "float32")
+        assert weights + size * memory.sample_bytes(model, "float32") <= memory.SHARE * free
+        assert weights + 2 * size * memory.sample_bytes(model, "float32") > memory.SHARE * free
+    assert memory.fitting_batch(model, 0, 10**15, "float32") == memory.LARGEST
+    assert memory.fitting_batch(model, free, free, "float32") == 1
 
 
 def test_a_container_s_limit_counts_and_workers_share(tmp_path, monkeypatch):
@@ -493,7 +493,7 @@ def test_a_container_s_limit_counts_and_workers_share(tmp_path, monkeypatch):
 def test_an_automatic_batch_size_is_recorded_and_kept(tmp_path, monkeypatch):
     """A later run with more memory goes on with the size of the shards that are there; one with less refuses to mix."""
     sizes = iter([6, 100, 4])
-    monkeypatch.setattr(SavedTeacher, "fitting_batch", lambda self, workers: next(sizes))
+    monkeypatch.setattr(SavedTeacher, "fitting_batch", lambda self, workers, precision: next(sizes))
     assert job(tmp_path, batch_size="auto", count=12).settings["batch_size"] == 6
     make(tmp_path, batch_size=6, count=12)
     grown = job(tmp_path, batch_size="auto")

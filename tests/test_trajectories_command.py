@@ -87,6 +87,17 @@ def test_other_settings_are_refused_unless_replacing_is_asked_for(workspace, cap
     assert contents(workspace / paths.TRAJECTORIES) != before
 
 
+def test_the_precision_is_said_and_not_mixed(workspace, capsys):
+    write_tiny_params(workspace, *OVERRIDES, "trajectories.precision=bfloat16")
+    assert main(["trajectories", "generate", str(workspace)]) == 0
+    assert main(["trajectories", "verify", str(workspace)]) == 0
+    assert main(["trajectories", "inspect", str(workspace)]) == 0
+    assert '"precision": "bfloat16"' in capsys.readouterr().out
+    write_tiny_params(workspace, *OVERRIDES)
+    assert main(["trajectories", "generate", str(workspace)]) == 1
+    assert "made with other settings: precision bfloat16, now float32" in capsys.readouterr().err
+
+
 def test_without_a_data_set_it_says_what_to_do(workspace, capsys):
     assert main(["trajectories", "verify", str(workspace)]) == 1
     assert "no manifest, the data set is incomplete" in capsys.readouterr().err

@@ -94,6 +94,9 @@ class TrainedTeacherConfig(TeacherCommon):
 TeacherConfig = Annotated[TrainedTeacherConfig | DownloadedTeacherConfig, Field(discriminator="source")]
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 @config
 class FlowMapConfig:
     """How the flow map from noise to tokens is solved. Chosen from the chart in benchmarks/."""
@@ -117,6 +120,9 @@ class TrajectoriesConfig(FlowMapConfig):
     batch_size: PositiveInt | Literal["auto"]
     """Samples at a time. ``auto``: as many as the memory at hand holds, see :mod:`ddops.trajectories.memory`; or what
     the shards that are there already were made with. The number is recorded, because rounding may depend on it."""
+    precision: Precision = "float32"
+    """Of the products in the teacher's transformer, and of its cached keys and values. Its logits, guidance, filters
+    and the flow map are in float32 either way."""
 
 
 @config

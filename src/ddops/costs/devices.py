@@ -48,11 +48,15 @@ class Device:
     """Whether arithmetic, memory and launching go on at once, as on a GPU; a CPU's thread does one after the other."""
 
     def seconds(self, operators: Iterable[Operator], *, half: bool = False) -> float:
-        """Each operator takes what its arithmetic, its bytes or its launch takes, whichever is most; or all of it."""
-        rate = self.half_flops if half else self.flops
+        """Each operator takes what its arithmetic, its bytes or its launch takes, whichever is most; or all of it.
+        ``half``: operators that were noted in float32 would run in bfloat16."""
         bandwidth = 2 * self.bandwidth if half else self.bandwidth
         together = max if self.overlaps else _sum
-        return sum(together(operator.flops / rate, operator.bytes / bandwidth, self.launch) for operator in operators)
+
+        def rate(operator: Operator) -> float:
+            return self.half_flops if half or operator.half else self.flops
+
+        return sum(together(each.flops / rate(each), each.bytes / bandwidth, self.launch) for each in operators)
 
 
 def _sum(*parts: float) -> float:

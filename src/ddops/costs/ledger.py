@@ -29,6 +29,8 @@ class Operator(NamedTuple):
     """Multiplications and additions of products and convolutions."""
     bytes: float
     """Of its inputs and outputs."""
+    half: bool = False
+    """Whether it computes in bfloat16."""
 
 
 class Ledger(TorchDispatchMode):
@@ -53,7 +55,8 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.namespace == "aten" and not func.is_view:
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-            self.operators.append(Operator(_flops(func, args, kwargs, out), sum(map(_bytes, tensors))))
+            half = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+            self.operators.append(Operator(_flops(func, args, kwargs, out), sum(map(_bytes, tensors)), half))
         return out
 
 

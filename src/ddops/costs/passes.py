@@ -25,6 +25,7 @@ from ddops.losses.perceptual import PerceptualDistance
 from ddops.models.ar_diffusion import new_ar_diffusion
 from ddops.models.conditions import Captions, attach_captions
 from ddops.models.interface import Student, Teacher
+from ddops.models.reduced import sampled_in_bfloat16
 from ddops.models.registry import build_student, build_teacher
 from ddops.models.weights_dd2 import as_backbone
 from ddops.pretrain.teacher import teacher_objective, tokenizer_objective
@@ -109,10 +110,25 @@ def teacher_and_student(model: ModelConfig) -> tuple[Teacher, Student]:
     """Of shapes alone."""
     teacher = without_values(lambda: build_teacher(model)).requires_grad_(False).eval()
     student = without_values(lambda: build_student(model))
-    if (captions := getattr(model, "captions", None)) is not None:
-        for network in (teacher, student):
-            attach_captions(network, FullCaptions(captions.length, captions.width))
+    for network in (teacher, student):
+        _attach_full_captions(network, model)
     return teacher, student
+
+
+def _attach_full_captions(network: nn.Module, model: ModelConfig) -> None:
+    if (captions := getattr(model, "captions", None)) is not None:
+        attach_captions(network, FullCaptions(captions.length, captions.width))
+
+
+def trajectory_work(teacher: Teacher, config: Config, batch: int) -> list[Work]:
+    """:func:`teacher_work` in the precision that trajectories are sampled in."""
+    if config.trajectories.precision == "float32":
+        return teacher_work(teacher, config, batch)
+    model = config.teacher.model
+    rounded = without_values(lambda: sampled_in_bfloat16(build_teacher(model))).requires_grad_(False).eval()
+    _attach_full_captions(rounded, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        return teacher_work(rounded, config, batch)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from ddops.costs.passes import (
     teacher_and_student,
     teacher_steps,
     teacher_work,
+    trajectory_work,
 )
 from ddops.models.interface import Student, Teacher
 from ddops.trajectories.memory import fitting_batch, sample_bytes
@@ -86,7 +87,9 @@ def predict(config: Config, device: Device) -> dict[str, StageCost]:
 def trajectory_batch(config: Config, weights: float, device: Device) -> int:
     """What ``trajectories.batch_size`` comes to on a device of which nothing else is used."""
     size = config.trajectories.batch_size
-    return fitting_batch(config.teacher.model, int(weights), int(device.memory)) if size == "auto" else size
+    if size != "auto":
+        return size
+    return fitting_batch(config.teacher.model, int(weights), int(device.memory), config.trajectories.precision)
 
 
 def samples(config: Config) -> int:
@@ -102,9 +105,9 @@ def samples(config: Config) -> int:
 def _trajectories(config: Config, teacher: Teacher, device: Device) -> StageCost:
     weights = _bytes(teacher)
     batch = trajectory_batch(config, weights, device)
-    work = teacher_work(teacher, config, batch) + map_work(config.teacher.model, config.trajectories, batch)
+    work = trajectory_work(teacher, config, batch) + map_work(config.teacher.model, config.trajectories, batch)
     batches = config.trajectories.count / batch
-    memory = weights + batch * sample_bytes(config.teacher.model)
+    memory = weights + batch * sample_bytes(config.teacher.model, config.trajectories.precision)
     return StageCost(batches * _flops(work), batches * _seconds(work, device), memory, batch)
 
 
@@ -154,7 +157,7 @@ def _sample(config: Config, teacher: Teacher, student: Student, device: Device) 
             work = [] if kind.startswith("onestep") else by_teacher
         flops += batches * _flops(work + decode)
         seconds += batches * _seconds(work + decode, device)
-    at_once = max(batch * sample_bytes(config.teacher.model), _transient(decode[0].operators))
+    at_once = max(batch * sample_bytes(config.teacher.model, "float32"), _transient(decode[0].operators))
     return StageCost(flops, seconds, _bytes(teacher) + _bytes(student) + at_once, batch)
 
 

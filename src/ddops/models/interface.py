@@ -74,6 +74,9 @@ class Teacher(nn.Module, ABC):
 
     layout: LevelLayout
     tokenizer: Tokenizer
+    head_modules: ClassVar[tuple[str, ...]] = ()
+    """Names of the submodules of its ``transformer`` between the last hidden state and the logits. Sampling in bfloat16
+    leaves them whole: guidance multiplies their rounding."""
 
     @property
     @abstractmethod

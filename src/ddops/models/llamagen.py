@@ -18,6 +18,7 @@ from ddops.models.conditions import Condition, condition_embedding
 from ddops.models.interface import BackboneSession, BackboneTeacher
 from ddops.models.layout import LevelLayout
 from ddops.models.llamagen_tokenizer import LlamaGenTokenizer
+from ddops.models.precision import product_dtype
 from ddops.models.sampling_filters import guided_log_probs
 
 INIT_STD = 0.02
@@ -61,11 +62,12 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of one layer, allocated once for all positions."""
+    """Keys and values of one layer, allocated once for all positions, as wide as the products that read them."""
 
     def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
         # Position first: what one step writes is contiguous.
-        self._kv_2BhTK = like.new_empty(2, length, batch, heads, head_width).permute(0, 2, 3, 1, 4)
+        shape = 2, length, batch, heads, head_width
+        self._kv_2BhTK = like.new_empty(shape, dtype=product_dtype(like)).permute(0, 2, 3, 1, 4)
 
     def extend(self, start: int, k_BhTK: Tensor, v_BhTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write at positions ``start...`` and return all keys and values up to there."""
@@ -236,6 +238,7 @@ class LlamaGenTeacher(BackboneTeacher):
 
     config: LlamaGenConfig
     tokenizer: LlamaGenTokenizer
+    head_modules = ("norm", "head")
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()

@@ -27,6 +27,12 @@ def full_precision(function: Function) -> Function:
     return wrapped  # type: ignore[return-value]
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product of ``x`` is computed in: its own type, or that of the autocast that it is in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _widened(argument: Any) -> Any:
     halves = (torch.bfloat16, torch.float16)
     return argument.float() if isinstance(argument, Tensor) and argument.dtype in halves else argument

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ddops.models.interface import Teacher
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -26,6 +28,13 @@ class Whole(nn.Module):
         with torch.autocast(inputs[0].device.type, enabled=False):
             output: Tensor = self.module(*(x.float() for x in inputs))
         return output
+
+
+def sampled_in_bfloat16(teacher: Teacher) -> Teacher:
+    """The teacher, its transformer rounded in place, to be sampled under ``torch.autocast(device, torch.bfloat16)``: it
+    then caches keys and values in bfloat16; logits, guidance and filters stay in float32."""
+    to_bfloat16(teacher.get_submodule("transformer"), teacher.head_modules)
+    return teacher
 
 
 def to_bfloat16(model: ModuleT, whole: Collection[str]) -> ModuleT:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ddops.config.models import SamplingConfig
+from ddops.models.precision import full_precision
 
 NEG_INF = float("-inf")
 
 
+@full_precision
 def guided_log_probs(cond_BlV: Tensor, uncond_BlV: Tensor | None, scale: float, sampling: SamplingConfig) -> Tensor:
     """Log-probabilities (B, l, V), float32, that a teacher samples a level from; ``-inf`` for dropped codes.
 

@@ -20,6 +20,7 @@ from ddops.config.models import SamplingConfig, VARConfig
 from ddops.models.conditions import Condition
 from ddops.models.interface import BackboneSession, BackboneTeacher
 from ddops.models.layout import LevelLayout
+from ddops.models.precision import full_precision, product_dtype
 from ddops.models.sampling_filters import guided_log_probs
 from ddops.models.var_tokenizer import VARTokenizer
 
@@ -67,13 +68,15 @@ def embedding(rows: int, width: int) -> nn.Embedding:
 
 
 class KeyValueCache:
-    """Keys and values, in one block, of the levels already run."""
+    """Keys and values, in one block, of the levels already run, as wide as the products that read them."""
 
     def __init__(self) -> None:
         self._keys_and_values: tuple[Tensor, Tensor] | None = None
 
     def attend(self, q_BHlE: Tensor, k_BHlE: Tensor, v_BHlE: Tensor, scale: float) -> Tensor:
         """Add a level, which sees itself and everything so far."""
+        dtype = product_dtype(k_BHlE)
+        k_BHlE, v_BHlE = k_BHlE.to(dtype), v_BHlE.to(dtype)
         if self._keys_and_values is not None:
             k_BHKE, v_BHKE = self._keys_and_values
             k_BHlE, v_BHlE = torch.cat([k_BHKE, k_BHlE], dim=2), torch.cat([v_BHKE, v_BHlE], dim=2)
@@ -278,6 +281,7 @@ class VARTeacher(BackboneTeacher):
 
     config: VARConfig
     tokenizer: VARTokenizer
+    head_modules = ("head_norm", "head")
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -380,6 +384,8 @@ class VARSession(BackboneSession):
         if self._f_hat_BCgg is None:
             grid = self._teacher.config.grid
             self._f_hat_BCgg = q_BlC.new_zeros(q_BlC.shape[0], q_BlC.shape[2], grid, grid)
-        self._f_hat_BCgg, inputs_BlC = self._teacher.tokenizer.next_input(self._f_hat_BCgg, self._level, q_BlC)
+        # The tokenizer's sums are those of the decoder, whatever the transformer computes in.
+        next_input = full_precision(self._teacher.tokenizer.next_input)
+        self._f_hat_BCgg, inputs_BlC = next_input(self._f_hat_BCgg, self._level, q_BlC)
         x_BlD: Tensor = self._teacher.transformer.word_embedding(inputs_BlC)
         return x_BlD.repeat(2, 1, 1) if self._guided else x_BlD

@@ -17,6 +17,7 @@ from ddops.config.stages import FlowMapConfig
 from ddops.flow.solvers import flow_map
 from ddops.models.interface import Teacher
 from ddops.models.layout import LevelLayout
+from ddops.models.precision import full_precision
 from ddops.models.sampling_filters import guided_log_probs
 
 Picker = Callable[[int, Tensor], Tensor]
@@ -67,7 +68,7 @@ def flow_picker(layout: LevelLayout, codebook_VC: Tensor, noise_BLC: Tensor, con
 
     def pick(level: int, log_p_BlV: Tensor) -> Tensor:
         noise_BlC = noise_BLC[:, layout.positions(level)]
-        ids_N = flow_map(
+        ids_N = full_precision(flow_map)(
             noise_BlC.flatten(0, 1),
             log_p_BlV.flatten(0, 1),
             codebook_VC,

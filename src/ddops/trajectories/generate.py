@@ -23,9 +23,10 @@ from tqdm import tqdm
 from ddops.captions.conditions import open_conditions
 from ddops.captions.store import MANIFEST as CAPTIONS_MANIFEST
 from ddops.config.models import SamplingConfig
-from ddops.config.stages import TrajectoriesConfig
+from ddops.config.stages import Precision, TrajectoriesConfig
 from ddops.files import sha256_file, sha256_json
 from ddops.models.interface import Teacher
+from ddops.models.reduced import sampled_in_bfloat16
 from ddops.models.weights import TRANSFORMER, load_metadata, load_teacher
 from ddops.sampling.noise import NOISE_VERSION, Stream, integers, normals
 from ddops.sampling.teacher import flow_picker, sample_teacher
@@ -66,14 +67,18 @@ class SavedTeacher:
         sha256 = sha256_json([sha256_file(path) for path in files])
         return cls(tokenizer.absolute(), transformer.absolute(), captions.absolute(), sha256)
 
-    def fitting_batch(self, workers: int) -> int:
+    def fitting_batch(self, workers: int, precision: Precision) -> int:
         """Samples a batch that fit into the memory at hand where ``workers`` processes share this machine."""
+        # In float32 whatever the precision: that is how they are read.
         weights = self.tokenizer.stat().st_size + self.transformer.stat().st_size
-        return fitting_batch(load_metadata(self.transformer, TRANSFORMER)[0], weights, free_bytes(workers))
+        return fitting_batch(load_metadata(self.transformer, TRANSFORMER)[0], weights, free_bytes(workers), precision)
 
     @cache  # noqa: B019  one teacher a process, kept to its end
-    def __call__(self) -> Teacher:
-        teacher = load_teacher(self.tokenizer, self.transformer).to("cuda" if torch.cuda.is_available() else "cpu")
+    def __call__(self, precision: Precision) -> Teacher:
+        teacher = load_teacher(self.tokenizer, self.transformer)
+        if precision == "bfloat16":
+            teacher = sampled_in_bfloat16(teacher)
+        teacher.to("cuda" if torch.cuda.is_available() else "cpu")
         open_conditions(self.captions, teacher)
         return teacher
 
@@ -83,7 +88,8 @@ class Job:
     """What a worker needs in order to make any shard of a data set. Travels between processes and machines: the paths
     must mean the same files there."""
 
-    open_teacher: Callable[[], Teacher]
+    open_teacher: Callable[[Precision], Teacher]
+    """To be sampled in this precision."""
     teacher_sha256: str
     config: TrajectoriesConfig
     """With a number for a batch size."""
@@ -103,7 +109,7 @@ class Job:
     ) -> Job:
         """For a teacher in files, to be made by ``workers`` processes of this machine (or of machines like it)."""
         if config.batch_size == "auto":
-            fitting = teacher.fitting_batch(workers)
+            fitting = teacher.fitting_batch(workers, config.precision)
             recorded = _recorded_batch_size(directory)
             batch_size = recorded if recorded is not None and recorded <= fitting else fitting
             log.info("trajectories: batches of %d (%d fit)", batch_size, fitting)
@@ -125,7 +131,7 @@ class Job:
             "solver": config.solver,
             "evaluations": config.evaluations,
             "tolerance": config.tolerance,
-            "precision": "float32",
+            "precision": config.precision,
             "shard_size": config.shard_size,
             # Rounding in a matrix product may depend on its size, and a rounding error can move a token.
             "batch_size": config.batch_size,
@@ -287,7 +293,7 @@ def write_empty(directory: Path, reason: str) -> None:
 
 def make_shard(job: Job, plan: ShardPlan) -> Throughput:
     """Make one shard and write it."""
-    teacher = job.open_teacher()
+    teacher, half = job.open_teacher(job.config.precision), job.config.precision == "bfloat16"
     codebook_VC, length = teacher.codebook_VC, teacher.layout.length
     device, clock = codebook_VC.device, time.perf_counter
     batch_size = int(job.config.batch_size)
@@ -307,7 +313,8 @@ def make_shard(job: Job, plan: ShardPlan) -> Throughput:
             in_map += clock() - start
             return chosen
 
-        ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B).to(device), job.sampling, timed_pick).cpu()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B).to(device), job.sampling, timed_pick).cpu()
         labels.append(labels_B.astype(np.min_scalar_type(max(teacher.num_conditions - 1, MOST_CODES))))
         ids.append(ids_BL.numpy().astype(np.uint16))
         sampling = clock() - noise_done

@@ -8,9 +8,11 @@ from typing import Final
 import torch
 
 from ddops.config.models import ModelConfig
+from ddops.config.stages import Precision
 from ddops.trajectories.shards import DatasetError
 
 FLOAT: Final = 4
+KEY_OR_VALUE: Final = {"float32": 4, "bfloat16": 2}
 LOGIT_COPIES: Final = 8
 """Arrays of the size of a level's logits at a time: both halves of guidance, their mixture, its filters' sort (whose
 indices count twice), its normalisation."""
@@ -24,22 +26,24 @@ MEMINFO: Final = Path("/proc/meminfo")
 CGROUP: Final = Path("/sys/fs/cgroup")
 
 
-def sample_bytes(model: ModelConfig) -> int:
-    """Bytes that a sample of a batch needs while a teacher is sampled with guidance, in float32: keys and values, and
-    the largest level's activations and logits. The flow map works in chunks, whose size does not depend on the batch.
+def sample_bytes(model: ModelConfig, precision: Precision) -> int:
+    """Bytes that a sample of a batch needs while a teacher is sampled with guidance: keys and values in the given
+    precision, and the largest level's activations and logits, of which float32 has the residual stream and all logits.
+    The flow map works in chunks, whose size does not depend on the batch.
     """
     length, largest = sum(model.level_sizes), max(model.level_sizes)
     # A caption passes through the transformer at once, before the first level.
     caption = getattr(model, "condition_tokens", 1)
     cache = 2 * model.depth * model.width * (length + caption - 1)
     activations = ACTIVATION_COPIES * model.width * max(largest, caption)
-    return FLOAT * (2 * (cache + activations) + LOGIT_COPIES * model.codebook_size * largest)
+    logits = LOGIT_COPIES * model.codebook_size * largest
+    return 2 * KEY_OR_VALUE[precision] * cache + FLOAT * (2 * activations + logits)
 
 
-def fitting_batch(model: ModelConfig, weight_bytes: int, free: int) -> int:
+def fitting_batch(model: ModelConfig, weight_bytes: int, free: int, precision: Precision) -> int:
     """The largest power of two of samples, up to ``LARGEST``, that fits beside the weights into ``free`` bytes; at
     least one."""
-    room = (SHARE * free - weight_bytes) / sample_bytes(model)
+    room = (SHARE * free - weight_bytes) / sample_bytes(model, precision)
     return min(LARGEST, 1 << (max(1, int(room)).bit_length() - 1))
 
 
