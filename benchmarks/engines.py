@@ -2,7 +2,8 @@
 
     python benchmarks/engines.py --preset var_d16 --work /tmp/engines --output benchmarks/results/engines_var_d16.json
 
-One process a build, so that its peak memory is its own. Run it again to go on: what is finished is kept.
+One process a build, so that its peak memory is its own. Run it again to go on: what is finished is kept. On a busy machine
+read the processor time, that of the whole process; `seconds` are by the clock and of the build alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ddops.config.load import compose, validate
+from ddops.export.provenance import git_commit
 from ddops.files import write_json
 
 EXPORT, BUILD = "export", "build"
@@ -101,7 +103,10 @@ def main() -> None:
         import resource
 
         result = {EXPORT: export, BUILD: build}[arguments.part](arguments)
-        result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        result["peak_rss_bytes"] = used.ru_maxrss * 1024
+        result["processor_seconds"] = used.ru_utime + used.ru_stime
+        result |= {"date": datetime.now(UTC).date().isoformat(), "commit": git_commit(Path(__file__).parent)}
         print(json.dumps(result))
         return
     shared = [
@@ -112,7 +117,7 @@ def main() -> None:
     results.setdefault(EXPORT, None)
     results.setdefault(BUILD, {})
     command = " ".join(sys.argv).replace(str(arguments.work), "WORK")
-    results |= {"command": command, "cpus": os.cpu_count(), "date": datetime.now(UTC).date().isoformat()}
+    results |= {"command": command, "cpus": os.cpu_count(), "max_batch": arguments.max_batch}
     results |= {"preset": arguments.preset, "precision": arguments.precision, "steps": arguments.steps}
     if results[EXPORT] is None:
         results[EXPORT] = run_alone([EXPORT, *shared])
