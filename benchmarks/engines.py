@@ -2,8 +2,8 @@
 
     python benchmarks/engines.py --preset var_d16 --work /tmp/engines --output benchmarks/results/engines_var_d16.json
 
-One process a build, so that its peak memory is its own. Run it again to go on: what is finished is kept. On a busy machine
-read the processor time, that of the whole process; `seconds` are by the clock and of the build alone.
+One process a build, so that its peak memory is its own. Run it again to go on: what is finished is kept. On a busy
+machine read the processor time, that of the whole process; `seconds` are by the clock and of the build alone.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=(EXPORT, BUILD), help=argparse.SUPPRESS)
     parser.add_argument("--preset", default="digits")
-    parser.add_argument("--precision", default="float16", choices=("float32", "float16"))
+    parser.add_argument("--precision", default="float16", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--targets", nargs="+", default=["80", "89", "120", "portable"])
     parser.add_argument("--target", help=argparse.SUPPRESS)

@@ -1,6 +1,5 @@
 """The exported graph: one pass through the student a step, the images of PyTorch, the same bytes each time."""
 
-import copy
 import math
 import socket
 import sys
@@ -29,7 +28,6 @@ from ddops.export.parity import (
     onnx_drawer,
     require_parity,
 )
-from ddops.export.precision import PRODUCTS
 from ddops.export.session import open_session, run_session
 from ddops.models import level_attention
 from ddops.models.autoencoder import Attention
@@ -240,55 +238,6 @@ def test_weights_beyond_the_limit_of_a_protobuf_lie_beside_the_model(exported, t
     assert measure_parity(exported.graph, onnx_drawer(path), noise, labels).largest <= 1e-4
     export(*CASES[exported.case], path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
-
-
-# half precision
-
-
-@pytest.fixture(scope="module", params=["llamagen-1", "var-1"])
-def half(request, tmp_path_factory):
-    family, starts = CASES[request.param]
-    path = tmp_path_factory.mktemp(f"half-{request.param}") / "model.onnx"
-    graph, trace = export(family, starts, path, precision="float16")
-    return SimpleNamespace(graph=graph, trace=trace, path=path, model=onnx.load(path), family=family)
-
-
-def test_products_are_in_half_precision_but_for_heads_and_last_layers(half):
-    """Read off the graph's types: norms, softmax, activations and the residual stream take float32."""
-    model = onnx.shape_inference.infer_shapes(half.model, strict_mode=True)
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input)}
-    kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    whole, halved = [], []
-    for node in model.graph.node:
-        floats = {kinds.get(name) for name in node.input if name} & {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
-        assert len(floats) <= 1, node
-        if node.op_type in PRODUCTS:
-            (halved if floats == {onnx.TensorProto.FLOAT16} else whole).append(node)
-        elif node.op_type in ("Softmax", "LayerNormalization", "InstanceNormalization", "Sigmoid", "Add", "Mul", "Pow"):
-            assert onnx.TensorProto.FLOAT16 not in floats, node
-    assert len(whole) == 3  # two heads, and the decoder's last convolution
-    assert len(halved) > 15
-
-
-def test_half_precision_halves_the_weights_and_keeps_the_images(half, tmp_path):
-    family, starts = ("llamagen", (0,)) if half.family == "llamagen" else ("var", (0,))
-    export(family, starts, tmp_path / "whole.onnx")
-    assert half.path.stat().st_size < 0.62 * (tmp_path / "whole.onnx").stat().st_size
-    noise, labels = inputs(half.graph.student.layout, 16)
-    parity = measure_parity(half.graph, onnx_drawer(half.path), noise, labels)
-    assert 1e-5 < parity.largest < 2e-2
-    assert parity.psnr > 60
-    assert parity.equal_tokens > 0.98
-
-
-def test_a_weight_beyond_half_precision_is_refused_by_name(tmp_path):
-    teacher, student = copy.deepcopy(untrained("llamagen"))
-    student.trunk.blocks[0].ffn.down.weight.data[0, 0] = 1e5
-    graph = OneStepGraph(student, teacher.tokenizer, (0,), 8)
-    example = inputs(student.layout, 2)
-    with pytest.raises(ExportError, match=r"100000 is no float16; export with precision float32"):
-        export_onnx(graph, *example, tmp_path / "m.onnx", opset=18, precision="float16", metadata={})
-    assert list(tmp_path.iterdir()) == []
 
 
 # the proof of parity can fail

@@ -5,10 +5,19 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
 from ddops.commands.arguments import CommandError, Subparsers, add_params
 from ddops.commands.workspace import find_workspace
 from ddops.stages import paths
+
+BOUNDS: Final[dict[str, dict[str, Any]]] = {
+    "float32": {},
+    "float16": {"tolerance": None, "min_psnr": 30.0, "min_equal_tokens": 0.95},
+    "bfloat16": {"tolerance": None, "min_psnr": 25.0, "min_equal_tokens": 0.95},
+}
+"""What is asked of a graph in another precision than the preset's *(ours)*. A token that flips moves many pixels: what
+bounds single pixels in float32 says nothing in half precision."""
 
 
 def register(commands: Subparsers) -> None:
@@ -22,7 +31,7 @@ def register(commands: Subparsers) -> None:
     exporting.add_argument("model", help="a preset, a workspace, or a directory that ddops fetch wrote")
     exporting.add_argument("--output", type=Path, required=True, metavar="DIR")
     exporting.add_argument("--steps", type=int, help="passes of the graph; default: export.steps")
-    exporting.add_argument("--precision", choices=["float32", "float16"], help="default: export.precision")
+    exporting.add_argument("--precision", choices=list(BOUNDS), help="default: export.precision")
     _add_engine_arguments(exporting, required=False)
     add_params(exporting)
     exporting.set_defaults(run=run_export)
@@ -56,9 +65,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     if not 1 <= steps <= most:
         raise CommandError(f"--steps {steps}: dd1.start_positions {config.dd1.start_positions} allow 1 to {most}")
     export = replace(export, steps=steps)
-    if arguments.precision == "float16" and export.precision != "float16":
-        # A token that flips moves many pixels: what bounds single pixels in float32 says nothing here.
-        export = replace(export, precision="float16", tolerance=None, min_psnr=30.0, min_equal_tokens=0.95)
+    if arguments.precision not in (None, export.precision):
+        export = replace(export, precision=arguments.precision, **BOUNDS[arguments.precision])
 
     from ddops.export.bundle import find_sources, write_bundle
     from ddops.export.provenance import provenance

@@ -180,6 +180,9 @@ class ReleasedDD1Config(DD1Common):
 DD1Config = Annotated[TrainedDD1Config | ReleasedDD1Config, Field(discriminator="source")]
 
 
+GraphPrecision = Literal["float32", "float16", "bfloat16"]
+
+
 @config
 class ExportConfig:
     """The exported graph: noise and class label in, images out, one pass a step."""
@@ -187,8 +190,9 @@ class ExportConfig:
     student: Literal["dd1", "dd2"]
     steps: PositiveInt
     opset: Literal[18, 20]
-    precision: Literal["float32", "float16"]
-    """Of the matrix products and convolutions, heads and last layers excepted."""
+    precision: GraphPrecision
+    """Of the matrix products, and in float16 of the convolutions (ONNX has none in bfloat16 at these opsets); heads and
+    last layers excepted."""
     tolerance: PositiveFloat | None
     """Largest absolute difference of a pixel in [-1, 1] between PyTorch and ONNX Runtime; null asks for none, for
     half precision, where a token that flips moves many pixels."""

@@ -83,7 +83,7 @@ def write_bundle(
         precision=export.precision,
         metadata=facts,
     )
-    parity = measure_parity(graph, onnx_drawer(directory / MODEL), noise_NLC, labels_N)
+    parity = measure_parity(graph, onnx_drawer(directory / MODEL, export.precision), noise_NLC, labels_N)
     bounds = ParityBounds(export.tolerance, export.min_psnr, export.min_equal_tokens)
     require_parity(parity, bounds, directory / MODEL, trace, noise_NLC[:2], take(labels_N, slice(2)))
     for source, name in ((sources.student, STUDENT_FILE), (sources.tokenizer, TOKENIZER_FILE)):

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ddops.config.base import NonNegativeInt, PositiveInt, config
-from ddops.config.stages import ProfileConfig
+from ddops.config.stages import GraphPrecision, ProfileConfig
 from ddops.export.errors import BundleError
 from ddops.files import sha256_file, write_json
 
@@ -93,7 +93,7 @@ class OnnxFacts:
     """How the graph was made."""
 
     opset: PositiveInt
-    precision: Literal["float32", "float16"]
+    precision: GraphPrecision
     sha256: Digest
     external_sha256: Digest | None
     """Of the weights beside the model, where it has some."""
@@ -109,7 +109,7 @@ class EngineFacts:
     version: str
     target: str
     """Compute capability without its dot ("89"), or "portable"."""
-    precision: Literal["float32", "float16"]
+    precision: GraphPrecision
     profile: ProfileConfig
     onnx_sha256: Digest
 

@@ -11,19 +11,18 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import onnx
 import torch
 from torch import Tensor
 
+from ddops.config.stages import GraphPrecision
 from ddops.export.graph import OneStepGraph
 from ddops.export.manifest import OUTPUT_NAME
 from ddops.export.precision import to_mixed_precision
 from ddops.files import atomic_path
 from ddops.models.conditions import Condition, flat
-
-Precision = Literal["float32", "float16"]
 
 EXTERNAL_DATA_ABOVE: Final = 1_900_000_000
 """Bytes of weights above which they are kept beside the model: a protobuf holds at most 2 GiB."""
@@ -49,7 +48,7 @@ def export_onnx(
     path: Path,
     *,
     opset: int,
-    precision: Precision,
+    precision: GraphPrecision,
     metadata: Mapping[str, str],
     external_data_above: int = EXTERNAL_DATA_ABOVE,
 ) -> ExportTrace:
@@ -82,8 +81,8 @@ def export_onnx(
     _strip_traces(model)
     _share_equal_weights(model.graph)
     _drop_nan_guards(model.graph)
-    if precision == "float16":
-        to_mixed_precision(model, trace.scopes, graph.whole_modules)
+    if precision != "float32":
+        to_mixed_precision(model, trace.scopes, graph.whole_modules, precision)
     _drop_unused_weights(model.graph)
     for key, value in sorted(metadata.items()):
         model.metadata_props.add(key=key, value=value)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddops.config.stages import GraphPrecision
 from ddops.export.errors import ExportError
 from ddops.export.graph import OneStepGraph
 from ddops.export.manifest import OUTPUT_NAME
@@ -59,11 +60,11 @@ def draw_with_torch(graph: OneStepGraph, noise_BLC: Tensor, labels_B: Condition)
     return images_BIHW.numpy(), ids_Bn.numpy()
 
 
-def onnx_drawer(path: Path) -> Drawer:
+def onnx_drawer(path: Path, precision: GraphPrecision = "float32") -> Drawer:
     """A function that draws with ONNX Runtime on the CPU."""
     model = onnx.load(path, load_external_data=False)
     argmaxes = [node.output[0] for node in model.graph.node if node.op_type == "ArgMax"]
-    session = open_session(path, extra_outputs=dict.fromkeys(argmaxes, onnx.TensorProto.INT64))
+    session = open_session(path, extra_outputs=dict.fromkeys(argmaxes, onnx.TensorProto.INT64), precision=precision)
 
     def draw(noise_BLC: Tensor, labels_B: Condition) -> Drawing:
         values = run_outputs(session, _arrays(noise_BLC, labels_B), [OUTPUT_NAME, *argmaxes])

@@ -11,26 +11,35 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from ddops.config.stages import GraphPrecision
 from ddops.export.errors import BundleError, MissingExtra
 from ddops.export.manifest import OUTPUT_NAME
+from ddops.export.precision import widen_products
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def open_session(
-    path: Path, device: str = "cpu", threads: int = 0, extra_outputs: Mapping[str, int] = {}
+    path: Path,
+    device: str = "cpu",
+    threads: int = 0,
+    extra_outputs: Mapping[str, int] = {},
+    precision: GraphPrecision = "float32",
 ) -> onnxruntime.InferenceSession:
     """A session on ``cpu`` or ``cuda``.
 
     ``threads`` 0 leaves their number to the runtime. ``extra_outputs`` (name -> ONNX element type) are inner values
-    to be returned as well; the file is not changed. Raises :class:`BundleError` for an unknown or absent device.
+    to be returned as well; the file is not changed. On a CPU a graph of ``precision`` bfloat16 computes in float32
+    between its roundings. Raises :class:`BundleError` for an unknown or absent device.
     """
     provider = _provider(device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    if not extra_outputs:
+    if not extra_outputs and not (precision == "bfloat16" and device == "cpu"):
         return onnxruntime.InferenceSession(str(path), options, providers=[provider])
     model = onnx.load(path, load_external_data=False)
+    if device == "cpu":
+        widen_products(model)
     for name, kind in extra_outputs.items():
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))

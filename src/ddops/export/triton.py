@@ -6,10 +6,13 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Final
 
+import onnx
+
 from ddops.config.stages import ProfileConfig
 from ddops.export.copying import place_file
-from ddops.export.manifest import EngineFacts, Input, Manifest, ModelFacts, model_digests
-from ddops.files import sha256_file, write_json, write_text
+from ddops.export.manifest import MODEL, EngineFacts, Input, Manifest, ModelFacts, model_digests
+from ddops.export.precision import widen_products
+from ddops.files import atomic_path, sha256_file, write_json, write_text
 
 REPOSITORY: Final = "triton"
 ONNX_MODEL: Final = "onestep_onnx"
@@ -29,6 +32,8 @@ def write_model_repository(directory: Path, manifest: Manifest, profile: Profile
     for name in model_digests(manifest):
         place_file(directory / name, root / ONNX_MODEL / "1" / name)
         place_file(directory / name, root / PYTHON_MODEL / "1" / name)
+    if manifest.onnx.precision == "bfloat16":
+        _write_for_cpu(directory / MODEL, root / PYTHON_MODEL / "1" / MODEL)
     write_text(root / PYTHON_MODEL / "config.pbtxt", python_config(manifest.model, profile))
     model = manifest.model
     facts = {"length": model.length, "code_dim": model.code_dim, "condition": list(model.inputs)[1:]}
@@ -64,6 +69,14 @@ def python_config(model: ModelFacts, profile: ProfileConfig) -> str:
     inputs = [_input("seed", Input((1,), "uint64")), _input("index", Input((1,), "int64"))]
     inputs += [_input(name, Input(shape or (1,), dtype)) for name, (shape, dtype) in list(model.inputs.items())[1:]]
     return _config(PYTHON_MODEL, 'backend: "python"', profile, inputs, _PIXELS_OUTPUT, model)
+
+
+def _write_for_cpu(source: Path, target: Path) -> None:
+    """The graph as a CPU can run it: the Python variant asks for no GPU. Weights beside it stay where they are."""
+    model = onnx.load(source, load_external_data=False)
+    widen_products(model)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
 _TYPES: Final = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "uint64": "TYPE_UINT64", "bool": "TYPE_BOOL"}

@@ -96,7 +96,7 @@ class OnnxBackend(Backend):
         from ddops.export.session import open_session, run_session
 
         verify_files(directory, model_digests(manifest))
-        self._session = open_session(directory / MODEL, device, threads)
+        self._session = open_session(directory / MODEL, device, threads, precision=manifest.onnx.precision)
         self._run = run_session
 
     def draw(self, noise_BLC: Floats, *condition: NDArray[Any]) -> Floats:

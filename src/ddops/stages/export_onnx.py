@@ -64,7 +64,7 @@ def export(preset: str, dd1: DD1Config, dd2: DD2Config, evaluate: EvaluateConfig
 def judge_exported(evaluate: EvaluateConfig, export: ExportConfig) -> dict[str, float]:
     """Every figure of the ONNX graph at the protocol's first seed, with the noise and labels of the student's row."""
     student = load_generator(paths.TOKENIZER, paths.STUDENTS[export.student])
-    session = open_session(paths.ONNX_BUNDLE / MODEL)
+    session = open_session(paths.ONNX_BUNDLE / MODEL, precision=export.precision)
     code_dim = session.get_inputs()[0].shape[-1]
     conditions = open_conditions(paths.EVALUATE_CAPTIONS, student)
 
