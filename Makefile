@@ -17,7 +17,7 @@ help:
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ddops needs Python 3.11 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flows]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,prefect]'
 	@touch $@
 
 reproduce: $(READY)

@@ -3,7 +3,8 @@
     python benchmarks/backends.py --preset digits --batches 1 8 64 --output benchmarks/results/backends_digits.json
     python benchmarks/backends.py --preset var_d16 --batches 1 --rounds 3 --output FILE
 
-Rounds are interleaved and medians taken: on a shared machine only ratios mean something.
+Rounds are interleaved and medians taken: on a shared machine only ratios mean something, best those of processor time,
+which other work disturbs less (all run on as many threads, by default one a core).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def contestants(config: Any, directory: Path, threads: int) -> tuple[Teacher, di
 
 
 def measure(config: Any, batch: int, rounds: int, teacher: Teacher, backends: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds a batch of each, and the ratios."""
+    """Median seconds a batch of each, by the clock and of the processor, and the ratios by both."""
     length, code_dim = teacher.layout.length, teacher.codebook_VC.shape[1]
     indices_B, labels_B = np.arange(batch), np.arange(batch) % teacher.num_conditions
     noise_BLC = normals_array(0, Stream.SAMPLE_NOISE, indices_B, (length, code_dim))
@@ -70,18 +71,27 @@ def measure(config: Any, batch: int, rounds: int, teacher: Teacher, backends: di
         "torch": lambda: backends["torch"].draw(noise_BLC, labels_B),
         "teacher": draw_teacher,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    clocks = {"wall": time.perf_counter, "processor": time.process_time}
+    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in runs} for clock in clocks}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            started = time.perf_counter()
+            started = {clock: read() for clock, read in clocks.items()}
             run()
             if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
+                for clock, read in clocks.items():
+                    seconds[clock][name].append(read() - started[clock])
+        print(f"batch {batch}: round {number}/{rounds}", file=sys.stderr, flush=True)
+    return {"rounds": rounds, **{clock: compared(values) for clock, values in seconds.items()}}
+
+
+def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians and their ratios."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "seconds": medians,
         "onnx_over_torch": medians["torch"] / medians["onnx"],
         "one_step_over_teacher": medians["teacher"] / medians["torch"],
+        "one_step_onnx_over_teacher": medians["teacher"] / medians["onnx"],
     }
 
 
@@ -101,6 +111,7 @@ def main() -> None:
         }
     facts = {"command": " ".join(sys.argv), "date": datetime.now(UTC).date().isoformat(), "cpus": os.cpu_count()}
     facts |= {"machine": f"{platform.system()} {platform.machine()}", "threads": torch.get_num_threads()}
+    facts |= {"load_average": os.getloadavg()}
     write_json(arguments.output, {**facts, "preset": arguments.preset, "batches": result})
     print(json.dumps(result, indent=2))
 

@@ -72,7 +72,7 @@ def task_runner(cluster: str) -> TaskRunner[Any]:
     try:
         from prefect_dask.task_runners import DaskTaskRunner
     except ImportError:
-        raise dvc.DvcError(f"{dvc.DASK}={cluster} needs prefect-dask: pip install 'ddops[flows]'") from None
+        raise dvc.DvcError(f"{dvc.DASK}={cluster} needs prefect-dask: pip install 'ddops[prefect]'") from None
     if cluster != LOCAL:
         if not PREFECT_API_URL.value():
             raise dvc.DvcError(

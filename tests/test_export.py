@@ -52,7 +52,8 @@ def export(family, starts, path, precision="float32", **options):
     teacher, student = untrained(family)
     graph = OneStepGraph(student, teacher.tokenizer, starts, student.layout.num_levels // 2).eval()
     example = inputs(student.layout, 2)
-    trace = export_onnx(graph, *example, path, opset=18, precision=precision, metadata=METADATA, **options)
+    options = {"opset": 18, "precision": precision, **options}
+    trace = export_onnx(graph, *example, path, metadata=METADATA, **options)
     return graph, trace
 
 
@@ -114,6 +115,7 @@ def test_the_graph_has_as_many_attentions_as_one_pass_a_step(exported):
     kinds = Counter(node.op_type for node in exported.model.graph.node)
     assert kinds["Softmax"] == depth * exported.steps + len(decoder)
     assert kinds["ArgMax"] == (2 if exported.case == "llamagen-2" else 1)
+    assert not {"ArgMin", "TopK", "CDist"} & {*kinds}  # no given position is compared with the codebook
 
 
 def test_nothing_in_the_graph_loops_branches_or_draws_random_numbers(exported):
@@ -226,6 +228,21 @@ def test_a_first_step_of_two_is_exported_cut(exported):
     lengths = {dims[1].dim_value for value in shapes if len(dims := value.type.tensor_type.shape.dim) == 3}
     for start in (*exported.graph.start_positions[1:], layout.num_levels):
         assert layout.offsets[start] + 1 in lengths
+
+
+@pytest.mark.parametrize(("family", "starts"), [("llamagen", (0, 3, 9)), ("var", (0, 1, 2))])
+def test_three_steps_are_three_passes_of_one_graph_at_the_newer_opset_too(tmp_path, family, starts):
+    graph, _ = export(family, starts, tmp_path / "model.onnx", opset=20)
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+    decoder = [module for module in graph.tokenizer.decoder.modules() if isinstance(module, Attention)]
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["Softmax"] == 3 * graph.student.config.depth + len(decoder)
+    noise, labels = inputs(graph.student.layout, 5)
+    parity = measure_parity(graph, onnx_drawer(tmp_path / "model.onnx"), noise, labels)
+    assert parity.largest <= 1e-4
+    assert parity.equal_tokens == 1
 
 
 @pytest.mark.parametrize("exported", ["llamagen-1"], indirect=True)

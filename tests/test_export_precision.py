@@ -68,8 +68,8 @@ def test_products_are_in_half_precision_but_for_heads_and_last_layers(half):
 
 
 def test_every_operator_gets_a_type_that_it_is_defined_for(half):
-    """By the operators' own schemas: ONNX's checker does not compare types, and a runtime refuses what is not allowed
-    (a convolution in bfloat16, at the opsets of an export)."""
+    """By the operators' own schemas: a runtime refuses what is not allowed (a convolution in bfloat16, at the opsets of
+    an export)."""
     kinds, (opset,) = typed(half.model), half.model.opset_import
     for node in half.model.graph.node:
         schema = onnx.defs.get_schema(node.op_type, opset.version, "")

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import tiny_pipeline
+from ddops.cli import main
 from ddops.config.load import ConfigError
 from ddops.hub.records import DownloadError, HubAwayError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError, StageError, exit_code
@@ -281,6 +282,13 @@ def test_the_flows_know_little_of_ddops_and_ddops_nothing_of_them():
         assert {name for name in used if ".".join(name.split(".")[:3]) not in allowed} == set(), file
     for file in (ROOT / "src").rglob("*.py"):
         assert not {name for name in imported_names(file) if name.split(".")[0] in ("flows", "prefect")}, file
+
+
+def test_without_prefect_the_command_names_its_extra(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["run"]) == 1
+    assert "ddops run needs Prefect: pip install 'ddops[prefect]'" in capsys.readouterr().err
 
 
 def test_prefect_is_kept_out_of_what_needs_none_of_it():

@@ -32,24 +32,26 @@ def register(commands: Subparsers) -> None:
     exporting.add_argument("--output", type=Path, required=True, metavar="DIR")
     exporting.add_argument("--steps", type=int, help="passes of the graph; default: export.steps")
     exporting.add_argument("--precision", choices=list(BOUNDS), help="default: export.precision")
-    _add_engine_arguments(exporting, required=False)
+    _add_engine_arguments(exporting)
     add_params(exporting)
     exporting.set_defaults(run=run_export)
 
     building = commands.add_parser(
         "engine",
         help="build TensorRT engines into a bundle",
-        description="`ddops engine bundle --target 89 --target portable`. Needs ddops[rtx] or ddops[gpu].",
+        description="`ddops engine bundle --target 89 --target portable`. Needs ddops[rtx] or ddops[gpu], --verify "
+        "a GPU.",
     )
     building.add_argument("bundle", type=Path)
-    _add_engine_arguments(building, required=True)
+    _add_engine_arguments(building)
+    building.add_argument(
+        "--verify", action="store_true", help="compare the images of the engine that fits this GPU with PyTorch's"
+    )
     building.set_defaults(run=run_engine)
 
 
-def _add_engine_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument(
-        "--target", action="append", default=[], required=required, help='"89", "portable", "current"; may be repeated'
-    )
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", action="append", default=[], help='"89", "portable", "current"; may be repeated')
     parser.add_argument("--flavour", choices=["tensorrt", "tensorrt_rtx"], default="tensorrt_rtx")
     parser.add_argument("--max-batch", type=int, default=64, metavar="N", help="largest batch of the engines")
 
@@ -90,8 +92,27 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_engine(arguments: argparse.Namespace) -> None:
-    """Build the engines."""
-    _build(arguments.bundle, arguments)
+    """Build the engines, verify the one that fits this GPU."""
+    if not (arguments.target or arguments.verify):
+        raise CommandError("ddops engine: give a --target to build for, or --verify")
+    if arguments.target:
+        _build(arguments.bundle, arguments)
+    if arguments.verify:
+        _verify(arguments.bundle)
+
+
+def _verify(bundle: Path) -> None:
+    from ddops.export.manifest import read_manifest
+    from ddops.inference.backends import load_backend
+    from ddops.inference.compare import compare_with_torch, require_images
+
+    manifest = read_manifest(bundle)
+    parity = compare_with_torch(bundle, manifest, load_backend(bundle, manifest, "tensorrt"))
+    require_images(parity, manifest, f"{bundle}: the engine")
+    print(
+        f"{bundle}: the engine against PyTorch, {parity.images} images: largest difference {parity.largest:.2g}, "
+        f"mean {parity.mean:.2g}, PSNR {parity.psnr:.0f} dB"
+    )
 
 
 def _build(bundle: Path, arguments: argparse.Namespace) -> None:

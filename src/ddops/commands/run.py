@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -26,9 +27,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Become the flow's process.
 
     Raises:
-        CommandError: this is no workspace with flows.
+        CommandError: this is no workspace with flows, or Prefect is not installed.
     """
     if not Path("flows/__main__.py").is_file():
         raise CommandError("no flows/ here: run from a checkout of ddops")
+    if importlib.util.find_spec("prefect") is None:
+        raise CommandError("ddops run needs Prefect: pip install 'ddops[prefect]'")
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", "flows", *arguments.arguments])

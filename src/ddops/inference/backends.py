@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddops.export.errors import BundleError
-from ddops.export.manifest import MODEL, STUDENT_FILE, TOKENIZER_FILE, Manifest, model_digests, verify_files
+from ddops.export.manifest import (
+    MODEL,
+    STUDENT_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    ModelFacts,
+    model_digests,
+    verify_files,
+)
 from ddops.sampling.noise import NOISE_VERSION, Stream, normals_array
 
 Floats = NDArray[np.float32]
@@ -45,7 +53,7 @@ class TorchBackend(Backend):
         starts = manifest.model.start_positions[:steps]
         graph = load_graph(directory / STUDENT_FILE, directory / TOKENIZER_FILE, starts, manifest.model.logit_prefix)
         self._torch, self._device, self._half = torch, torch.device(device), False
-        self._graph, self._captions = graph.to(self._device), manifest.model.captions
+        self._graph, self._model = graph.to(self._device), manifest.model
         if precision == "bfloat16":
             self._round_weights(directory)
 
@@ -61,21 +69,13 @@ class TorchBackend(Backend):
             images_BIHW, ids_Bn = self._graph.draw(noise, self._graph.condition(*given))
         return images_BIHW.float().cpu().numpy(), ids_Bn.cpu().numpy()
 
-    def _examples(self) -> tuple[NDArray[Any], ...]:
-        """Class after class; or captions of random features that fill their tokens."""
-        if self._captions is None:
-            return (np.arange(BFLOAT16_IMAGES) % self._graph.student.num_conditions,)
-        shape = self._captions.length, self._captions.width
-        features_BTW = normals_array(0, Stream.PATH, np.arange(BFLOAT16_IMAGES), shape)
-        return features_BTW, np.ones(features_BTW.shape[:2], dtype=bool)
-
     def _round_weights(self, directory: Path) -> None:
         """Raises BundleError where the images change by more than ``BFLOAT16_BOUNDS``."""
         from ddops.export.parity import ParityBounds, broken_bounds, compare
         from ddops.models.reduced import to_bfloat16
 
         student = self._graph.student
-        examples = self._examples()
+        examples = example_conditions(self._model, BFLOAT16_IMAGES)
         shape = student.layout.length, self._graph.codebook_VC.shape[1]
         noise_BLC = normals_array(0, Stream.SAMPLE_NOISE, np.arange(BFLOAT16_IMAGES), shape)
         expected = self._draw(noise_BLC, *examples)
@@ -126,6 +126,15 @@ BFLOAT16_IMAGES: Final = 4
 BFLOAT16_BOUNDS: Final = (25.0, 0.97)
 """PSNR and share of equal tokens that are asked for then *(ours)*: a token in a hundred may fall otherwise."""
 DEFAULT_DEVICE: Final = {"torch": "cpu", "onnx": "cpu", "tensorrt": "cuda"}
+
+
+def example_conditions(model: ModelFacts, count: int) -> tuple[NDArray[Any], ...]:
+    """Class after class (B,); or captions of random features that fill their tokens, (B, T, W) and (B, T)."""
+    if model.captions is None:
+        return (np.arange(count) % model.num_classes,)
+    shape = model.captions.length, model.captions.width
+    features_BTW = normals_array(0, Stream.PATH, np.arange(count), shape)
+    return features_BTW, np.ones(features_BTW.shape[:2], dtype=bool)
 
 
 def load_backend(
