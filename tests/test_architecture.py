@@ -50,7 +50,7 @@ MAY_IMPORT = {
     },
     "commands": {
         *("class_names", "config", "files", "models", "hub", "captions", "sampling", "losses", "trajectories"),
-        *("costs", "evaluation", "export", "serving", "stages"),
+        *("costs", "evaluation", "export", "inference", "serving", "stages"),
     },
     "cli": {"config", "models", "evaluation", "export", "commands"},
 }
