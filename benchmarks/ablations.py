@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,8 @@ from ddops.files import write_json
 
 RESULTS = Path("benchmarks/results")
 METRICS = "reports/metrics.json"
+DONE = "success"
+"""DVC's word for an experiment that ended well; it has none for one that is older than its queue."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ GRIDS = {
         "Terms of DD1's loss",
         {
             "all": (),
-            "no cross-entropy": ("dd1.cross_entropy_weight=0.0",),
             "no perceptual": ("dd1.perceptual.weight=0.0",),
             "no embedding": ("dd1.embedding_weight=0.0",),
+            # Without cross-entropy no logit means anything: the tokens are those of the regressing head.
+            "regressed": ("dd1.logit_prefix=0",),
+            "regressed without cross-entropy": ("dd1.logit_prefix=0", "dd1.cross_entropy_weight=0.0"),
         },
     ),
     "guidance_rate": Grid(
@@ -80,12 +85,17 @@ def queue(grid: str, settings: list[str]) -> None:
     print("queued; next: dvc exp run --run-all")
 
 
-def collect(grid: str) -> dict[str, dict[str, Any]]:
-    """Point -> metrics of its experiment, of those that have run."""
+def collect(grid: str, shown: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Point -> metrics of its experiment, of those that have run; ``shown`` is what ``dvc exp show --json`` says.
+
+    One that is queued, running or failed is shown with the figures of the commit it starts from, and is left out.
+    """
     wanted = {name_of(grid, point): point for point in GRIDS[grid].points}
     found: dict[str, dict[str, Any]] = {}
-    for baseline in json.loads(run(["exp", "show", "--json", "--all-commits"])):
+    for baseline in shown:
         for branch in baseline.get("experiments") or []:
+            if (branch.get("executor") or {"state": DONE})["state"] != DONE:
+                continue
             for revision in branch["revs"]:
                 metrics = ((revision.get("data") or {}).get("metrics") or {}).get(METRICS, {}).get("data")
                 if metrics and revision.get("name") in wanted:
@@ -95,7 +105,7 @@ def collect(grid: str) -> dict[str, dict[str, Any]]:
 
 def plot(grid: str, settings: list[str]) -> None:
     """Write the figures, and what they came from, and a chart; says which points are missing."""
-    found, spec = collect(grid), GRIDS[grid]
+    found, spec = collect(grid, json.loads(run(["exp", "show", "--json", "--all-commits"]))), GRIDS[grid]
     if missing := [point for point in spec.points if point not in found]:
         print(f"not run yet: {', '.join(missing)}", file=sys.stderr)
     if not found:
@@ -111,13 +121,17 @@ def plot(grid: str, settings: list[str]) -> None:
         "points": figures,
     }
     write_json(RESULTS / f"ablation_{grid}.json", record)
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    labels = [textwrap.fill(point, 12) for point in figures]
+    # A line only between points that have an order.
+    line = "-" if all(point.isdecimal() for point in figures) else ""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for row in rows:
         values = [figures[point][row] for point in figures]
         spreads = [value["fid_spread"] for value in values]
-        axes.errorbar(list(figures), [value["fid"] for value in values], spreads, marker="o", capsize=3, label=row)
-    axes.set(title=spec.title, ylabel="FID")
+        axes.errorbar(labels, [value["fid"] for value in values], spreads, marker="o", ls=line, capsize=3, label=row)
+    axes.set(title=textwrap.fill(spec.title, 40), ylabel="FID")
+    axes.tick_params("x", labelsize=8)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(RESULTS / f"ablation_{grid}.svg", metadata={"Date": None})

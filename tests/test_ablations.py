@@ -1,0 +1,34 @@
+"""The ablations' charts show experiments that have run, each under its own point."""
+
+import sys
+
+import pytest
+
+from tiny import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablations
+
+
+def experiment(name, fid, state=None):
+    """As `dvc exp show --json` shows one; ``state`` is that of its place in the queue."""
+    metrics = {ablations.METRICS: {"data": {"teacher": {"fid": fid}}}}
+    executor = None if state is None else {"state": state, "name": "dvc-task"}
+    return {"executor": executor, "name": name, "revs": [{"name": name, "data": {"metrics": metrics}}]}
+
+
+def test_what_has_not_run_is_left_out():
+    """A queued experiment is shown with the figures of the commit it starts from."""
+    name = ablations.name_of("guidance_rate", "5")
+    for state in ("queued", "running", "failed"):
+        assert ablations.collect("guidance_rate", [{"experiments": [experiment(name, 1.0, state)]}]) == {}
+    for state in ("success", None):
+        shown = [{"experiments": None}, {"experiments": [experiment(name, 2.0, state), experiment("another", 3.0)]}]
+        assert ablations.collect("guidance_rate", shown) == {"5": {"teacher": {"fid": 2.0}}}
+
+
+@pytest.mark.parametrize("grid", ablations.GRIDS)
+def test_points_have_names_of_their_own_that_git_takes(grid):
+    names = [ablations.name_of(grid, point) for point in ablations.GRIDS[grid].points]
+    assert len(set(names)) == len(names)
+    assert all(name.replace("-", "").isalnum() for name in names)
