@@ -52,6 +52,7 @@ def test_the_exported_graph_is_judged_by_the_protocol(judged):
     # Of the same noise: what is left is a pixel here and there that rounds to another level.
     assert report["fid_loss"] == report["exported"]["fid"] - report["pytorch"]["fid"]
     assert abs(report["fid_loss"]) < 1e-3 * report["pytorch"]["fid"]
+    assert (report["protocol"]["name"], report["protocol"]["seeds"], report["samples"]) == ("digits", [3], 1797)
     assert report["exported"].keys() == report["pytorch"].keys() >= {"fid", "recall", "inception_score"}
 
 

@@ -13,15 +13,18 @@ from ddops.config.base import plain
 from ddops.config.evaluation import GateConfig, GateOverride, GateRule
 from ddops.config.load import compose, load_config, write_params
 from ddops.evaluation.gate import Decision, comparable, decide, gate_decision
+from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.evaluation.production import Registry, RegistryError, metrics_in_production
+from ddops.evaluation.ruler import open_ruler
 from ddops.files import sha256_file, sha256_json, write_json
 from ddops.stages import gate, paths
-from ddops.stages.common import StageError
-from tiny import PARAMS
+from ddops.stages.common import StageError, drawing_of, sections
+from tiny import PARAMS, tiny
 
 STUDENT = "ab" * 32
 MODELS = {"tokenizer": "11" * 32, "teacher": "22" * 32, "dd1": STUDENT}
 PROTOCOL = {"name": "digits", "features_sha256": "cd" * 32, "reference_sha256": "ef" * 32, "settings_sha256": "77" * 32}
+PROTOCOL["drawing_sha256"] = "88" * 32
 METRICS = {
     "protocol": PROTOCOL,
     "models": MODELS,
@@ -68,7 +71,7 @@ def test_figures_of_another_model_are_stale(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("fact", ["name", "features_sha256", "settings_sha256"])
+@pytest.mark.parametrize("fact", ["name", "features_sha256", "settings_sha256", "drawing_sha256"])
 def test_figures_of_another_protocol_are_refused(fact: str) -> None:
     decision = decided(protocol={**PROTOCOL, fact: "dd_50k"})
     assert not decision.passed
@@ -131,6 +134,27 @@ def test_rules_on_the_student_are_on_whichever_is_exported() -> None:
     assert decided(metrics, rules, models=models).verdicts[0].quantity == "dd1_1step.fid / dd1_1step.fid"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        ((), []),
+        (("evaluate.seeds=[7]", "evaluate.batch_size=10"), []),
+        (("evaluate.samples_per_image=2",), ["asked_for"]),
+        (("evaluate.neighbours=5",), ["neighbours"]),
+        (("evaluate.kid.subset_size=100",), ["kid"]),
+        (("evaluate.precision_recall_samples=0",), ["precision_recall_samples"]),
+    ],
+)
+def test_figures_of_fewer_samples_or_other_settings_do_not_compare(
+    tmp_path: Path, overrides: tuple[str, ...], facts: list[str]
+) -> None:
+    """FID of fewer samples reads higher, recall with more neighbours too."""
+    config = tiny().features
+    save_classifier(tmp_path / "judge", new_classifier(config), config)
+    one, other = (open_ruler(tiny("llamagen", *each).evaluate, tmp_path / "judge", None) for each in ((), overrides))
+    assert comparable(one.facts(), other.facts()) == facts
+
+
 # Overrides
 
 
@@ -170,6 +194,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "name": "digits",
         "settings_sha256": sha256_json(plain(load_config().evaluate)),
         "features_sha256": sha256_file(paths.CLASSIFIER),
+        "drawing_sha256": drawing_of(load_config()),
     }
     models = {name: sha256_file(path) for name, path in files.items()}
     write_json(paths.METRICS, {"protocol": protocol, "models": models, "dd2_1step": {"fid": 3.0}})
@@ -178,7 +203,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_gate() -> None:
     config = load_config()
-    gate.gate(config.gate, config.evaluate, config.export)
+    gate.gate(**{name: getattr(config, name) for name in sections(gate.gate)})
 
 
 def test_the_stage_writes_its_decision_either_way(workspace: Path) -> None:
@@ -191,6 +216,16 @@ def test_the_stage_writes_its_decision_either_way(workspace: Path) -> None:
     paths.DD2_GENERATOR.unlink()
     with pytest.raises(StageError, match=r"generator\.safetensors is missing.*distill_dd2"):
         run_gate()
+
+
+@pytest.mark.parametrize("change", ["sampling.guidance=3.0", "dd1.logit_prefix=0", "trajectories.evaluations=5"])
+def test_figures_drawn_with_other_settings_are_stale(workspace: Path, change: str) -> None:
+    """The weights are the same, the images are not."""
+    run_gate()
+    write_params(compose(PARAMS, ["preset=smoke", change]), paths.PARAMS)
+    with pytest.raises(StageError, match="the protocol's drawing_sha256: the figures have"):
+        run_gate()
+    assert main(["override", "--by", "Ada", "--reason", "never mind"]) == 1
 
 
 def test_without_figures_there_is_no_decision_left_from_before(workspace: Path) -> None:

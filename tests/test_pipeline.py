@@ -167,8 +167,8 @@ def test_running_again_does_nothing(workspace):
     [
         ("gate", {"rules": {"mine": {"value": "teacher.fid", "max": 1e9}}}, ["gate"]),
         ("evaluate", {"seeds": [2]}, ["evaluate", "export_onnx", "gate", "sample"]),
-        ("trajectories", {"count": 700}, ["sample", "trajectories"]),
-        ("sampling", {"guidance": 1.5}, ["ar_diffusion", "distill_dd2", "sample", "trajectories"]),
+        ("trajectories", {"count": 700}, ["gate", "sample", "trajectories"]),
+        ("sampling", {"guidance": 1.5}, ["ar_diffusion", "distill_dd2", "gate", "sample", "trajectories"]),
     ],
 )
 def test_a_parameter_concerns_the_stages_that_read_it(workspace, section, change, expected):

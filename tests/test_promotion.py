@@ -10,10 +10,12 @@ import pytest
 
 import test_gate
 from ddops.cli import main
+from ddops.config.load import compose, write_params
 from ddops.evaluation.production import Registry
 from ddops.files import sha256_file, write_json
 from ddops.stages import paths
 from test_gate import run_gate
+from tiny import PARAMS
 
 workspace = test_gate.workspace
 
@@ -74,7 +76,9 @@ def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: 
     assert git("status", "--porcelain", "production") == ""
     registry = Registry.load(paths.PRODUCTION)
     assert registry.current == "v1.0.0"
-    assert registry.versions["v1.0.0"]["exported"]["figures"] == {"fid": 3.1}
+    exported = registry.versions["v1.0.0"]["exported"]
+    assert exported["figures"] == {"fid": 3.1}
+    assert (exported["protocol"]["name"], exported["protocol"]["seeds"]) == ("digits", [1])
     assert registry.versions["v1.0.0"]["row"] == "dd2_1step"
     assert registry.versions["v1.0.0"]["source_commit"] == git("rev-parse", "HEAD~1")
     assert set(git("tag").splitlines()) == {"smoke@v1.0.0", "smoke#production#1"}
@@ -116,6 +120,7 @@ def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: 
     [
         ("refused", "the gate refuses this model"),
         ("undecided", "run dvc repro gate"),
+        ("other settings", "the protocol's drawing_sha256"),
         ("another student", "run dvc repro export_onnx"),
         ("uncommitted", "not committed"),
         ("worse export", "the exported graph is refused"),
@@ -128,6 +133,9 @@ def test_what_is_not_promoted(
         paths.DD2_GENERATOR.write_text("changed since it was judged")
     elif fault == "undecided":
         paths.GATE_DECISION.unlink()
+    elif fault == "other settings":
+        write_params(compose(PARAMS, ["preset=smoke", "dd2.training.steps=7"]), paths.PARAMS)
+        commit()
     elif fault == "another student":
         write_json(paths.ONNX_BUNDLE / "manifest.json", {"facts": {"ddops.student_sha256": "00" * 32}})
     elif fault == "uncommitted":

@@ -33,6 +33,7 @@ from ddops.stages import (
     teacher,
     trajectories,
 )
+from ddops.stages.common import sections
 from hub_server import serve
 from published_world import World, build
 from tiny import PARAMS
@@ -111,7 +112,7 @@ def test_dd_50k_from_the_released_student_to_the_exported_graph(world: World, in
     assert torch.equal(samples.labels_N, open_protocol(config.evaluate).labels(0, Conditions(10)))
     assert len(samples.labels_N.unique()) == 10
 
-    gate.gate(config.gate, config.evaluate, config.export)
+    gate.gate(**{name: getattr(config, name) for name in sections(gate.gate)})
     export_onnx.export(config.preset, config.dd1, config.dd2, config.evaluate, config.export)
     report.report(config.preset, config.seed, config.export)
     assert json.loads(paths.EXPORT_METRICS.read_text())["parity"]["images"] == 2

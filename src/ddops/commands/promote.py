@@ -17,7 +17,7 @@ from ddops.evaluation.gate import decide
 from ddops.evaluation.production import Registry
 from ddops.files import sha256_file
 from ddops.stages import paths
-from ddops.stages.common import StageError
+from ddops.stages.common import StageError, drawing_of
 
 BESIDE: Final = (paths.METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS, paths.MODEL_CARD)
 """Files that go with a version's bundle, as far as they are there."""
@@ -108,7 +108,7 @@ def _fresh_decision(config: Config) -> dict[str, Any]:
     if not paths.GATE_DECISION.exists():
         raise CommandError(f"{paths.GATE_DECISION}: missing; run dvc repro gate")
     try:
-        decided = decide_now(config.gate, config.evaluate, config.export)
+        decided = decide_now(config.gate, config.evaluate, config.export, drawing_of(config))
     except StageError as error:
         raise CommandError(str(error)) from error
     recorded = json.loads(paths.GATE_DECISION.read_text())
@@ -148,7 +148,8 @@ def _judge_export(config: Config) -> dict[str, Any]:
     verdicts = decide(known, config.gate.export_rules, row=config.export.row)
     if failed := [verdict.sentence() for verdict in verdicts if not verdict.passed]:
         raise CommandError("the exported graph is refused\n  " + "\n  ".join(failed))
-    return {"figures": figures, "rules": [verdict.sentence() for verdict in verdicts]}
+    protocol = {**metrics["protocol"], "seeds": [config.evaluate.seeds[0]]}
+    return {"protocol": protocol, "figures": figures, "rules": [verdict.sentence() for verdict in verdicts]}
 
 
 def _copy_bundle(directory: Path) -> None:

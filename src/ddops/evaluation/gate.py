@@ -14,7 +14,7 @@ STUDENT: Final = "student"
 """In a rule: the row of the model that is exported, whichever the preset names."""
 _COMPARED: Final = (
     *("name", "features", "features_sha256", "feature_dim", "reference_sha256", "labels", "image_size", "resize"),
-    *("quantisation", "prompts_sha256", "clip_sha256"),
+    *("quantisation", "asked_for", "kid", "neighbours", "precision_recall_samples", "prompts_sha256", "clip_sha256"),
 )
 """Facts of a protocol in which two figures must agree. (Seeds and versions are recorded, and may differ.)"""
 

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from ddops.captions.pretrained import ImageTextModel
 from ddops.config.base import plain
-from ddops.config.evaluation import DigitsEvaluateConfig, EvaluateConfig, ImageNetEvaluateConfig, T2IEvaluateConfig
+from ddops.config.evaluation import (
+    ADM50kEvaluateConfig,
+    DigitsEvaluateConfig,
+    EvaluateConfig,
+    ImageNetEvaluateConfig,
+    T2IEvaluateConfig,
+)
 from ddops.data import digits
 from ddops.evaluation.images import to_uint8
 from ddops.evaluation.inception import load_inception
@@ -86,6 +92,10 @@ class Ruler:
             "seeds": list(self.config.seeds),
             "settings_sha256": sha256_json(plain(self.config)),
             "quantisation": "uint8, nearest level",
+            "asked_for": _asked_for(self.config),
+            "kid": plain(self.config.kid),
+            "neighbours": self.config.neighbours,
+            "precision_recall_samples": self.config.precision_recall_samples,
             **own,
             "versions": {name: version(name) for name in PACKAGES},
         }
@@ -109,6 +119,15 @@ def open_ruler(config: EvaluateConfig, judge_file: Path, statistics: Path | None
     features_NF = None if images is None else look(judge, images.batches(config.batch_size)).features_NF
     reference = Reference(read_statistics(statistics), features_NF, sha256_file(statistics))
     return Ruler(config, judge, reference, asked)
+
+
+def _asked_for(config: EvaluateConfig) -> str:
+    """How many samples a figure is of: the Fréchet distance of fewer reads higher."""
+    if isinstance(config, DigitsEvaluateConfig):
+        return f"{config.samples_per_image} samples a real image"
+    if isinstance(config, ADM50kEvaluateConfig):
+        return f"{config.samples_per_class} samples a class"
+    return f"{config.samples} samples"
 
 
 def _compared(

@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ddops.captions.errors import CaptionError
+from ddops.config.base import plain
+from ddops.config.dd2 import ARDiffusionConfig, DD2Config
 from ddops.config.load import ConfigError, load_config
+from ddops.config.models import SamplingConfig
+from ddops.config.stages import Config, DD1Config, TrajectoriesConfig
 from ddops.evaluation.errors import MetricError
 from ddops.evaluation.production import RegistryError
-from ddops.files import write_json
+from ddops.files import sha256_json, write_json
 from ddops.models.errors import CheckpointError, MayPassError
 from ddops.stages import launch, paths
 from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
 from ddops.trajectories.shards import DatasetError
 
-Stage = Callable[..., None]
+Stage = Callable[..., object]
 
 
 class StageError(RuntimeError):
@@ -76,6 +80,22 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, ModelRefusedError):
         return EXIT_REFUSED
     return EXIT_TRY_AGAIN if isinstance(error, MayPassError | ReplicaLost) else 1
+
+
+def drawing_sha256(
+    sampling: SamplingConfig,
+    trajectories: TrajectoriesConfig,
+    dd1: DD1Config,
+    ar_diffusion: ARDiffusionConfig,
+    dd2: DD2Config,
+) -> str:
+    """Hash of all that a row's images follow from besides the weights: figures of other settings are stale."""
+    return sha256_json([plain(section) for section in (sampling, trajectories, dd1, ar_diffusion, dd2)])
+
+
+def drawing_of(config: Config) -> str:
+    """The same of a whole configuration."""
+    return drawing_sha256(**{name: getattr(config, name) for name in sections(drawing_sha256)})
 
 
 def write_not_trained(stage: str, directories: Iterable[Path]) -> None:

@@ -50,7 +50,8 @@ def evaluate(evaluate: EvaluateConfig) -> None:
             "runs": len(runs),
             **manifest["rows"].get(directory.name, {}),
         }
-    write_json(paths.METRICS, {"protocol": ruler.facts(), "models": manifest["models"], **rows})
+    protocol = {**ruler.facts(), "drawing_sha256": manifest["drawing_sha256"]}
+    write_json(paths.METRICS, {"protocol": protocol, "models": manifest["models"], **rows})
     write_text(paths.ROWS_TABLE, _csv(rows))
 
 

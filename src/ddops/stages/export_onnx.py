@@ -83,7 +83,8 @@ def judge_exported(evaluate: EvaluateConfig, export: ExportConfig) -> dict[str, 
 def _compared(evaluate: EvaluateConfig, export: ExportConfig, most: float) -> dict[str, Any]:
     """The graph's figures, those of PyTorch's samples of the same noise and labels, and the FID that was lost."""
     samples = open_samples(require(paths.SAMPLES / export.row / f"seed{evaluate.seeds[0]}.npz", "sample"))
-    before = _ruler(evaluate).figures(samples.batches(evaluate.batch_size), samples.labels_N)
+    ruler = _ruler(evaluate)
+    before = ruler.figures(samples.batches(evaluate.batch_size), samples.labels_N)
     after = judge_exported(evaluate, export)
     loss = after["fid"] - before["fid"]
     if not loss <= most * before["fid"]:
@@ -93,7 +94,8 @@ def _compared(evaluate: EvaluateConfig, export: ExportConfig, most: float) -> di
             f"the exported graph draws worse: FID {after['fid']:.4g}, PyTorch {before['fid']:.4g} from the same noise; "
             f"export.max_fid_loss allows {most:.1%} more"
         )
-    return {"exported": after, "pytorch": before, "fid_loss": loss}
+    facts = {**ruler.facts(), "seeds": [evaluate.seeds[0]]}
+    return {"protocol": facts, "samples": len(samples), "exported": after, "pytorch": before, "fid_loss": loss}
 
 
 def _ruler(evaluate: EvaluateConfig) -> Ruler:

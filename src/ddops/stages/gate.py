@@ -7,25 +7,36 @@ import logging
 from typing import Any
 
 from ddops.config.base import plain
+from ddops.config.dd2 import ARDiffusionConfig, DD2Config
 from ddops.config.evaluation import EvaluateConfig, GateConfig
-from ddops.config.stages import ExportConfig
+from ddops.config.models import SamplingConfig
+from ddops.config.stages import DD1Config, ExportConfig, TrajectoriesConfig
 from ddops.evaluation.gate import Decision, gate_decision
 from ddops.evaluation.production import metrics_in_production
 from ddops.files import sha256_file, sha256_json, write_json
 from ddops.stages import paths
-from ddops.stages.common import ModelRefusedError, require, run_stage
+from ddops.stages.common import ModelRefusedError, drawing_sha256, require, run_stage
 
 log = logging.getLogger(__name__)
 
 
-def gate(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig) -> None:
-    """Write ``reports/gate.json``.
+def gate(
+    gate: GateConfig,
+    evaluate: EvaluateConfig,
+    export: ExportConfig,
+    sampling: SamplingConfig,
+    trajectories: TrajectoriesConfig,
+    dd1: DD1Config,
+    ar_diffusion: ARDiffusionConfig,
+    dd2: DD2Config,
+) -> None:
+    """Write ``reports/gate.json``. The last five sections are what the samples must have been drawn with.
 
     Raises:
         ModelRefusedError: a rule failed, or the figures are of another model; the decision is written all the same.
     """
     paths.GATE_DECISION.unlink(missing_ok=True)
-    decision = decide_now(gate, evaluate, export)
+    decision = decide_now(gate, evaluate, export, drawing_sha256(sampling, trajectories, dd1, ar_diffusion, dd2))
     write_json(paths.GATE_DECISION, decision.plain())
     if not decision.passed:
         way_out = ""
@@ -42,8 +53,9 @@ def gate(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig) -> No
         log.warning("OVERRIDDEN by %s: %s", decision.override.by, decision.override.reason)
 
 
-def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig) -> Decision:
-    """The decision on what lies in the workspace now, and of it on the student that is to be exported.
+def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig, drawing: str) -> Decision:
+    """The decision on what lies in the workspace now, and of it on the student that is to be exported; ``drawing`` is
+    the hash of the settings that samples follow from now.
 
     Raises:
         StageError: the figures or the model are missing.
@@ -60,6 +72,7 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig)
         "name": evaluate.protocol,
         "settings_sha256": sha256_json(plain(evaluate)),
         "features_sha256": sha256_file(require(paths.CLASSIFIER, "features")),
+        "drawing_sha256": drawing,
     }
     models = {name: sha256_file(path) for name, path in files.items()}
     production = metrics_in_production(paths.PRODUCTION)

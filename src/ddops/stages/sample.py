@@ -23,7 +23,7 @@ from ddops.evaluation.samples import open_samples, pick, write_samples
 from ddops.evaluation.smoothness import interpolate
 from ddops.files import sha256_file, sha256_json, write_json
 from ddops.stages import paths
-from ddops.stages.common import require, run_stage
+from ddops.stages.common import drawing_sha256, require, run_stage
 from ddops.stages.statistics import statistics_file
 from ddops.trajectories.shards import MANIFEST
 
@@ -82,7 +82,8 @@ def sample(
     _write_grids(drawn, protocol, conditions, evaluate)
     _write_interpolations(rows, models, conditions, evaluate)
     facts = {row.name: {"passes": row.passes, "parameters": row.parameters} for row in rows}
-    write_json(drawn / paths.SAMPLES_MANIFEST.name, {"models": hashes, "rows": facts})
+    drawing = drawing_sha256(sampling, trajectories, dd1, ar_diffusion, dd2)
+    write_json(drawn / paths.SAMPLES_MANIFEST.name, {"models": hashes, "drawing_sha256": drawing, "rows": facts})
     shutil.rmtree(paths.SAMPLES, ignore_errors=True)
     paths.SAMPLES.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(drawn, paths.SAMPLES)
