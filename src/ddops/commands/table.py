@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +20,7 @@ from ddops.evaluation.provenance import provenance
 from ddops.evaluation.report import title
 from ddops.files import write_json, write_text
 from ddops.stages import paths
+from ddops.stages.common import drawing_of
 
 if TYPE_CHECKING:
     from ddops.evaluation.rows import Models, Row
@@ -41,7 +44,8 @@ def register(commands: Subparsers) -> None:
         "table",
         help="the papers' tables on the models of this workspace, with times",
         description="Draw, judge and time the rows that the pipeline leaves out too: teacher-involved, skip-n. Run it "
-        "where the pipeline ran; a row that is judged already is kept when the command is given again.",
+        "where the pipeline ran. What it judged by this protocol is taken over; a row that is judged already is kept "
+        "when the command is given again.",
     )
     parser.add_argument("--rows", default="all", help="names with commas between them; default: all")
     parser.add_argument("--output", type=Path, default=Path("reports/table.json"), metavar="FILE")
@@ -60,15 +64,21 @@ def run(arguments: argparse.Namespace) -> None:
     from ddops.evaluation.rows import build_row
 
     rows = [build_row(name, models) for name in names]
-    known = {"protocol": ruler.facts(), "models": hashes}
+    known = {
+        "protocol": {**ruler.facts(), "drawing_sha256": drawing_of(config)},
+        "models": hashes,
+        "ppl": {"samples": arguments.ppl_samples, "epsilon": arguments.ppl_epsilon},
+    }
     result = _begun(arguments.output, known) or {"preset": config.preset, **known, "rows": {}}
-    result["provenance"] = provenance(known)
+    result |= {"provenance": provenance(known), "date": datetime.now(UTC).date().isoformat()}
+    judged = _judged_by_the_pipeline(known)
     for row in rows:
         if row.name not in result["rows"]:
-            result["rows"][row.name] = _judge(row, ruler, config, models, arguments)
+            figures = judged.get(row.name) or _judge(row, ruler, config, models)
+            result["rows"][row.name] = {**figures, **_path_lengths(row, config, models, arguments)}
             write_json(arguments.output, result)
-    for name, seconds in _time(rows, config, models, arguments.timing_batch, arguments.timing_rounds).items():
-        result["rows"][name]["seconds"] = seconds
+    for name, seconds in _time(rows, models, arguments.timing_batch, arguments.timing_rounds).items():
+        result["rows"][name] |= {"seconds": statistics.median(seconds), "seconds_range": [min(seconds), max(seconds)]}
     result["timing"] = {
         "batch": arguments.timing_batch,
         "rounds": arguments.timing_rounds,
@@ -160,20 +170,35 @@ def _open(config: Config) -> tuple[Ruler, Models, dict[str, str]]:
 
 
 def _begun(output: Path, known: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier run with the same models and protocol left."""
+    """What an earlier run left, of the same models and protocol; figures of others do not go on here."""
     if not output.exists():
         return None
-    found: dict[str, Any] = json.loads(output.read_text())
-    return found if all(found.get(name) == value for name, value in known.items()) else None
+    try:
+        found: dict[str, Any] = json.loads(output.read_text())
+    except ValueError as error:
+        raise CommandError(f"{output}: damaged ({error}); remove it, or name another --output") from None
+    if other := [name for name, value in known.items() if found.get(name) != value]:
+        print(f"{output}: is of other {', '.join(other)}: begun anew", file=sys.stderr)
+        return None
+    return found
 
 
-def _judge(
-    row: Row, ruler: Ruler, config: Config, models: Models, arguments: argparse.Namespace
-) -> dict[str, float | int]:
+def _judged_by_the_pipeline(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows that the stage ``evaluate`` judged: those of the same models by the same protocol."""
+    if not paths.METRICS.exists():
+        return {}
+    metrics = json.loads(paths.METRICS.read_text())
+    protocol, models = metrics.pop("protocol", None), metrics.pop("models", {})
+    same = protocol == known["protocol"] and models.items() <= known["models"].items()
+    return metrics if same else {}
+
+
+def _judge(row: Row, ruler: Ruler, config: Config, models: Models) -> dict[str, float | int]:
     """Mean and spread of every figure over the protocol's seeds. The images are judged as they are drawn."""
     from ddops.captions.conditions import open_conditions
     from ddops.evaluation.drawing import Request, draw_batches
     from ddops.evaluation.protocols import open_protocol
+    from ddops.stages.evaluate import summary
 
     protocol, runs = open_protocol(config.evaluate), []
     conditions = open_conditions(paths.EVALUATE_CAPTIONS, models.teacher)
@@ -181,21 +206,18 @@ def _judge(
         labels_N = protocol.labels(seed, conditions)
         request = Request(labels_N, config.evaluate.batch_size)
         batches = draw_batches(row.draw, request, seed, f"{row.name}, seed {seed}", protocol.image_size)
-        figures = ruler.figures(batches, conditions.classes_K[labels_N])
-        if arguments.ppl_samples and row.generator is not None:
-            figures["ppl"] = _path_length(row, config, models, seed, arguments)
-        runs.append(figures)
-    result: dict[str, float | int] = {
-        "passes": row.passes,
-        "parameters": row.parameters,
-        "samples": len(labels_N),
-        "runs": len(runs),
-    }
-    for name in runs[0]:
-        values = [run[name] for run in runs]
-        result[name] = statistics.mean(values)
-        result[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    return result
+        runs.append(ruler.figures(batches, conditions.classes_K[labels_N]))
+    counts = {"samples": len(labels_N), "runs": len(runs), "passes": row.passes, "parameters": row.parameters}
+    return {**summary(runs), **counts}
+
+
+def _path_lengths(row: Row, config: Config, models: Models, arguments: argparse.Namespace) -> dict[str, float]:
+    """PPL over the protocol's seeds, of a row that is a function of its noise; nothing of others."""
+    from ddops.stages.evaluate import summary
+
+    if not arguments.ppl_samples or row.generator is None:
+        return {}
+    return summary([{"ppl": _path_length(row, config, models, seed, arguments)} for seed in config.evaluate.seeds])
 
 
 def _path_length(row: Row, config: Config, models: Models, seed: int, arguments: argparse.Namespace) -> float:
@@ -220,8 +242,8 @@ def _path_length(row: Row, config: Config, models: Models, seed: int, arguments:
     return float(torch.cat(list(lengths)).mean())
 
 
-def _time(rows: Sequence[Row], config: Config, models: Models, batch: int, rounds: int) -> dict[str, float]:
-    """Seconds an image of every row: the median of some draws, in turn so that a busy machine is as busy for all."""
+def _time(rows: Sequence[Row], models: Models, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds an image of every row, a value a draw, in turn so that a busy machine is as busy for all."""
     import numpy as np
     import torch
 
@@ -235,4 +257,4 @@ def _time(rows: Sequence[Row], config: Config, models: Models, batch: int, round
                 row.draw(number, np.arange(batch, dtype=np.int64), labels_B).cpu()
             if number:  # the first round warms up
                 taken[row.name].append((time.perf_counter() - started) / batch)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return taken

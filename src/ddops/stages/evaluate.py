@@ -45,7 +45,7 @@ def evaluate(evaluate: EvaluateConfig) -> None:
             samples = open_samples(file)
             runs.append(ruler.figures(samples.batches(evaluate.batch_size), samples.labels_N))
         rows[directory.name] = {
-            **_summary(runs),
+            **summary(runs),
             "samples": len(samples),
             "runs": len(runs),
             **manifest["rows"].get(directory.name, {}),
@@ -55,8 +55,8 @@ def evaluate(evaluate: EvaluateConfig) -> None:
     write_text(paths.ROWS_TABLE, _csv(rows))
 
 
-def _summary(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of every figure over the runs, and its standard deviation."""
+def summary(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of every figure over the runs, and its standard deviation (0 where there is one run)."""
     result = {}
     for name in runs[0]:
         values = [run[name] for run in runs]
