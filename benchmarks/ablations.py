@@ -25,6 +25,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ddops.evaluation.gate import comparable
 from ddops.files import write_json
 
 RESULTS = Path("benchmarks/results")
@@ -103,6 +104,17 @@ def collect(grid: str, shown: list[dict[str, Any]]) -> dict[str, dict[str, Any]]
     return {point: found[point] for point in GRIDS[grid].points if point in found}
 
 
+def protocol_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What all points were judged by; ends with the facts in which they differ."""
+    first, *others = found
+    protocol: dict[str, Any] = found[first]["protocol"]
+    for point in others:
+        if facts := comparable(protocol, found[point]["protocol"]):
+            raise SystemExit(f"{first} and {point} were judged differently, no chart shows both: {', '.join(facts)}")
+    # What they were drawn with is what the grid varies.
+    return {fact: value for fact, value in protocol.items() if fact != "drawing_sha256"}
+
+
 def plot(grid: str, settings: list[str]) -> None:
     """Write the figures, and what they came from, and a chart; says which points are missing."""
     found, spec = collect(grid, json.loads(run(["exp", "show", "--json", "--all-commits"]))), GRIDS[grid]
@@ -118,6 +130,8 @@ def plot(grid: str, settings: list[str]) -> None:
         "command": " ".join(command),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "protocol": protocol_of(found),
+        "models": {point: metrics["models"] for point, metrics in found.items()},
         "points": figures,
     }
     write_json(RESULTS / f"ablation_{grid}.json", record)

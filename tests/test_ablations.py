@@ -27,6 +27,17 @@ def test_what_has_not_run_is_left_out():
         assert ablations.collect("guidance_rate", shown) == {"5": {"teacher": {"fid": 2.0}}}
 
 
+def test_points_that_were_judged_differently_share_no_chart():
+    points = {
+        point: {"protocol": {"name": "digits", "asked_for": "8 samples a real image", "drawing_sha256": point}}
+        for point in ("1", "2", "5")
+    }
+    assert ablations.protocol_of(points) == {"name": "digits", "asked_for": "8 samples a real image"}
+    points["5"]["protocol"]["asked_for"] = "16 samples a real image"
+    with pytest.raises(SystemExit, match="1 and 5 were judged differently, no chart shows both: asked_for"):
+        ablations.protocol_of(points)
+
+
 @pytest.mark.parametrize("grid", ablations.GRIDS)
 def test_points_have_names_of_their_own_that_git_takes(grid):
     names = [ablations.name_of(grid, point) for point in ablations.GRIDS[grid].points]

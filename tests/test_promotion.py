@@ -10,6 +10,7 @@ import pytest
 
 import test_gate
 from ddops.cli import main
+from ddops.commands import repository as repository_commands
 from ddops.config.load import compose, write_params
 from ddops.evaluation.production import Registry
 from ddops.files import sha256_file, write_json
@@ -113,6 +114,42 @@ def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: 
     assert main(["rollback", "--reason", "again"]) == 1
     assert "missing or altered; restore it with: dvc checkout" in capsys.readouterr().err
     assert Registry.load(paths.PRODUCTION).current == "v2.0.0"
+
+
+@pytest.mark.parametrize("step", ["commit", "register", "assign"])
+def test_killed_after_the_step_the_next_command_puts_it_on_record(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    """The registry's file is the step; commit and tags follow it. Neither a promotion nor a rollback happens twice."""
+    assert main(["promote", "--reason", "the first"]) == 0, capsys.readouterr().err
+    retrain("second")
+
+    def dying(command: list[str]) -> str:
+        if step in command:
+            raise KeyboardInterrupt
+        return alive(command)
+
+    alive = repository_commands._run
+    tags: list[set[str]] = [{"smoke@v1.0.0", "smoke#production#1"}]
+    for command, current, new in (
+        (["promote", "--reason", "better"], "v2.0.0", {"smoke@v2.0.0", "smoke#production#2"}),
+        (["rollback", "--reason", "it was not"], "v1.0.0", {"smoke#production#3"}),
+    ):
+        if command[0] == "rollback" and step == "register":
+            break  # a rollback registers nothing
+        with monkeypatch.context() as broken:
+            broken.setattr(repository_commands, "_run", dying)
+            with pytest.raises(KeyboardInterrupt):
+                main(command)
+        assert Registry.load(paths.PRODUCTION).current == current
+        tags.append(tags[-1] | new)
+        before = len(Registry.load(paths.PRODUCTION).history)
+        assert main(command) == 0, capsys.readouterr().err
+        assert "committed and tagged now, and nothing else done" in capsys.readouterr().out
+        assert Registry.load(paths.PRODUCTION).current == current
+        assert len(Registry.load(paths.PRODUCTION).history) == before
+        assert set(git("tag").splitlines()) == tags[-1]
+        assert git("status", "--porcelain", "production") == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddops.commands.arguments import CommandError, Subparsers
-from ddops.commands.repository import commit_and_tag, dvc, git, require_committed, require_tools, user
+from ddops.commands.repository import commit_and_tag, dvc, git, is_recorded, require_committed, require_tools, user
 from ddops.config.load import load_config
 from ddops.config.stages import Config
 from ddops.evaluation.gate import decide
@@ -47,10 +47,11 @@ def register(commands: Subparsers) -> None:
 def run_promote(arguments: argparse.Namespace) -> None:
     """Promote what is in the workspace. The registry's file is written last: until then nothing has changed."""
     require_tools()
-    config = load_config(paths.PARAMS)
+    config, registry = load_config(paths.PARAMS), Registry.load(paths.PRODUCTION)
+    if _finished(registry):
+        return
     decision = _fresh_decision(config)
     files = _exported_files(config)
-    registry = Registry.load(paths.PRODUCTION)
     if registry.current is not None and registry.versions[registry.current]["files"] == files:
         raise CommandError(f"this model is in production already, as {registry.current}")
     require_committed([path for path in ORIGIN if path.exists()])
@@ -71,9 +72,7 @@ def run_promote(arguments: argparse.Namespace) -> None:
         "metrics": json.loads(paths.METRICS.read_text()),
     }
     registry.promote(version, facts, by=arguments.by or user(), reason=arguments.reason)
-    tracked = [directory.with_name(f"{version}.dvc"), directory.with_name(".gitignore"), paths.PRODUCTION]
-    message = f"Promote {config.preset} {version}: {arguments.reason}"
-    commit_and_tag(tracked, message, config.preset, version, new=True)
+    _record(registry)
     print(f"{version} is in production: {directory}. Back to the one before: ddops rollback --reason WHY")
 
 
@@ -81,13 +80,43 @@ def run_rollback(arguments: argparse.Namespace) -> None:
     """Return to an earlier version, whose bundle must be whole."""
     require_tools()
     registry = Registry.load(paths.PRODUCTION)
-    left, version = registry.current, registry.earlier(arguments.to)
+    if _finished(registry):
+        return
+    version = registry.earlier(arguments.to)
     facts = registry.versions[version]
     _require_whole(Path(facts["bundle"]), facts["files"])
     registry.rollback(version, by=arguments.by or user(), reason=arguments.reason)
-    message = f"Roll back {facts['preset']} from {left} to {version}: {arguments.reason}"
-    commit_and_tag([paths.PRODUCTION], message, facts["preset"], version, new=False)
+    _record(registry)
     print(f"{version} is in production again: {facts['bundle']}")
+
+
+def _finished(registry: Registry) -> bool:
+    """Whether there was a step left to commit and tag, by a command that was killed after it had taken it; done then.
+
+    Nothing else is done in that case: going on would take a step more than was asked for.
+    """
+    if not registry.history:
+        return False
+    version = registry.history[-1]["version"]
+    if is_recorded(registry.path, registry.versions[version]["preset"]):
+        return False
+    _record(registry)
+    print(f"{version} has been in production, but was not on record: committed and tagged now, and nothing else done")
+    return True
+
+
+def _record(registry: Registry) -> None:
+    """Commit and tag the registry's last step."""
+    step = registry.history[-1]
+    version, what = step["version"], step["what"]
+    facts, files = registry.versions[version], [registry.path]
+    if what == "promote":
+        directory = Path(facts["bundle"])
+        files += [directory.with_name(f"{version}.dvc"), directory.with_name(".gitignore")]
+        message = f"Promote {facts['preset']} {version}: {step['reason']}"
+    else:
+        message = f"Roll back {facts['preset']} from {step['from']} to {version}: {step['reason']}"
+    commit_and_tag(files, message, facts["preset"], version, new=what == "promote")
 
 
 def run_show(arguments: argparse.Namespace) -> None:

@@ -50,15 +50,25 @@ def require_committed(paths: Sequence[Path]) -> None:
         )
 
 
+def is_recorded(registry: Path, preset: str) -> bool:
+    """Whether the registry is committed as it is, and that commit tagged as production."""
+    if git("status", "--porcelain", "--", str(registry)):
+        return False
+    commit = git("log", "-1", "--format=%H", "--", str(registry))
+    return any(tag.startswith(f"{preset}#{STAGE}#") for tag in git("tag", "--points-at", commit).splitlines())
+
+
 def commit_and_tag(files: Sequence[Path], message: str, preset: str, version: str, *, new: bool) -> None:
-    """Commit these files and nothing else, and tag the commit: a new version, and its being in production.
+    """Commit these files and nothing else, and tag the commit: a new version, and its being in production. What an
+    earlier call did of it stays as it is.
 
     Raises:
         CommandError: Git or GTO refused.
     """
     git("add", "--", *map(str, files))
-    git("commit", "--quiet", "--message", message, "--", *map(str, files))
-    if new:
+    if git("status", "--porcelain", "--", *map(str, files)):
+        git("commit", "--quiet", "--message", message, "--", *map(str, files))
+    if new and not git("tag", "--list", f"{preset}@{version}"):
         _gto("register", preset, "--version", version, "--message", message)
     # --force: a version that was in production before is assigned once more.
     _gto("assign", preset, "--version", version, "--stage", STAGE, "--message", message, "--force")
