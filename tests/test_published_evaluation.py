@@ -13,13 +13,14 @@ import torch
 
 from ddops.captions.conditions import Conditions
 from ddops.cli import main
+from ddops.config.evaluation import InceptionFeaturesConfig
 from ddops.config.load import compose, load_config, validate, write_params
 from ddops.config.stages import Config
 from ddops.evaluation.inception import Inception, InceptionJudge
 from ddops.evaluation.metrics import look
 from ddops.evaluation.protocols import open_protocol
 from ddops.evaluation.samples import open_samples
-from ddops.files import sha256_file
+from ddops.files import sha256_file, write_json
 from ddops.hub.records import DownloadError
 from ddops.stages import (
     distill_dd1,
@@ -170,6 +171,22 @@ def test_without_a_network_it_is_said_what_to_put_where(
         run()
     assert f"{file} elsewhere, copy it to this machine and set {key}" in str(error.value)
     assert "the connection failed" in str(error.value)
+
+
+def test_a_local_copy_must_be_the_published_file(world: World, inception: Inception) -> None:
+    """A figure by other weights would stand beside the papers' as if it were one of theirs."""
+    write_inputs(inception, "pytorch_fid", ("m", "s"), images=False)
+    config = configure("preset=tiny_var")
+    assert isinstance(config.features, InceptionFeaturesConfig)
+    directory, _, name = config.features.weights.url.rpartition("/")
+    for sha256 in (sha256_file(Path("inception.pth")), "00" * 32):
+        write_json(world.root / "manifest.json", {directory: {"files": {name: {"sha256": sha256}}}})
+        if sha256 != "00" * 32:
+            features.features(config.seed, config.features)
+            assert paths.CLASSIFIER.exists()
+            continue
+        with pytest.raises(DownloadError, match=rf"inception\.pth: has sha256 .*, the published {name} has {sha256}"):
+            features.features(config.seed, config.features)
 
 
 def test_plan_says_what_is_fetched(capsys: pytest.CaptureFixture[str]) -> None:

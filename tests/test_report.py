@@ -169,6 +169,9 @@ def test_the_model_card_holds_the_same_facts(tmp_path):
     assert "| near | a.fid / b.fid | 1.988 | at most 2 | passed |" in card
     for fact in ("# digits:", "`digits`: 1797 samples", "seeds 1, 2, 3", "cd34cd34", "The gate accepted it."):
         assert fact in card
+    assert "on 256 images: largest\ndifference of a pixel 3.5e-06, mean 1e-07" in card
+    judged = {**EXPORT, "fid_loss": 0.01, "exported": {"fid": 10.135}, "pytorch": {"fid": 10.125}}
+    assert "it has FID\n10.135, PyTorch 10.125.\n" in page(tmp_path, "model_card.md", export=judged)
     tables = [line for line in card.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables[:11]} == {len(table(METRICS).headings) + 2}
     assert "**The gate refused it.**" in page(tmp_path, "model_card.md", decision=REFUSED, export=None)

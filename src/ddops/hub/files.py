@@ -32,7 +32,13 @@ def obtain_file(config: RemoteFile, key: str, lock: Path = LOCK) -> FetchedFile:
     directory, _, name = config.url.rpartition("/")
     if config.path is not None:
         repo, name = (hub[1], hub[3]) if hub else (directory, name)
-        return local(Path(config.path).expanduser(), name, repo)
+        file, known = local(Path(config.path).expanduser(), name, repo), HubRecords.load(None).expected(repo, name)
+        if known.sha256 not in (None, file.sha256):
+            raise DownloadError(
+                f"{config.path}: has sha256 {file.sha256}, the published {name} has {known.sha256}. With another "
+                f"file the figures are not the protocol's: set {key}.path to a copy of {config.url}"
+            )
+        return file
     try:
         return fetch([HubFile(*hub.groups())], lock)[0] if hub else _fetch_url(directory, name, lock)
     except DownloadError as error:
