@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ddops.evaluation.gate import comparable
@@ -135,21 +136,27 @@ def plot(grid: str, settings: list[str]) -> None:
         "points": figures,
     }
     write_json(RESULTS / f"ablation_{grid}.json", record)
+    draw(record, RESULTS / f"ablation_{grid}.svg")
+    print(RESULTS / f"ablation_{grid}.svg")
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """The chart of a record; the same record gives the same bytes."""
+    figures = record["points"]
     labels = [textwrap.fill(point, 12) for point in figures]
     # A line only between points that have an order.
     line = "-" if all(point.isdecimal() for point in figures) else ""
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for row in rows:
-        values = [figures[point][row] for point in figures]
-        spreads = [value["fid_spread"] for value in values]
-        axes.errorbar(labels, [value["fid"] for value in values], spreads, marker="o", ls=line, capsize=3, label=row)
-    axes.set(title=textwrap.fill(spec.title, 40), ylabel="FID")
-    axes.tick_params("x", labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(RESULTS / f"ablation_{grid}.svg", metadata={"Date": None})
-    print(RESULTS / f"ablation_{grid}.svg")
+    with mpl.rc_context({"svg.hashsalt": "ddops"}):
+        figure = Figure(figsize=(5, 3.7), layout="constrained")
+        axes = figure.add_subplot()
+        for row in next(iter(figures.values())):
+            fids, spreads = ([figures[point][row][name] for point in figures] for name in ("fid", "fid_spread"))
+            axes.errorbar(labels, fids, spreads, marker="o", ls=line, capsize=3, label=row)
+        axes.set(title=textwrap.fill(record["title"], 40), ylabel="FID")
+        axes.tick_params("x", labelsize=8)
+        axes.grid(alpha=0.25)
+        figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)  # beside the points, not on them
+        figure.savefig(path, metadata={"Date": None})
 
 
 def run(arguments: list[str]) -> str:

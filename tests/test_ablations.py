@@ -1,5 +1,7 @@
 """The ablations' charts show experiments that have run, each under its own point."""
 
+import json
+import re
 import sys
 
 import pytest
@@ -36,6 +38,20 @@ def test_points_that_were_judged_differently_share_no_chart():
     points["5"]["protocol"]["asked_for"] = "16 samples a real image"
     with pytest.raises(SystemExit, match="1 and 5 were judged differently, no chart shows both: asked_for"):
         ablations.protocol_of(points)
+
+
+@pytest.mark.parametrize("grid", ablations.GRIDS)
+def test_the_charts_are_those_of_the_recorded_figures(tmp_path, grid):
+    record = json.loads((ROOT / ablations.RESULTS / f"ablation_{grid}.json").read_text())
+    assert list(record["points"]) == list(ablations.GRIDS[grid].points), "every point is recorded"
+    ablations.draw(record, tmp_path / "chart.svg")
+    committed = (ROOT / ablations.RESULTS / f"ablation_{grid}.svg").read_text()
+    assert drawn(committed) == drawn((tmp_path / "chart.svg").read_text())
+
+
+def drawn(svg):
+    """The lines and points of a chart, whatever version of matplotlib wrote its head."""
+    return re.findall(r'<path d="([^"]+)"', svg) + re.findall(r'<use xlink:href="[^"]+" x="([^"]+)" y="([^"]+)"', svg)
 
 
 @pytest.mark.parametrize("grid", ablations.GRIDS)
