@@ -98,7 +98,7 @@ def _finished(registry: Registry) -> bool:
     if not registry.history:
         return False
     version = registry.history[-1]["version"]
-    if is_recorded(registry.path, registry.versions[version]["preset"]):
+    if is_recorded(registry.path, registry.versions[version]["preset"], version):
         return False
     _record(registry)
     print(f"{version} has been in production, but was not on record: committed and tagged now, and nothing else done")

@@ -50,12 +50,17 @@ def require_committed(paths: Sequence[Path]) -> None:
         )
 
 
-def is_recorded(registry: Path, preset: str) -> bool:
-    """Whether the registry is committed as it is, and that commit tagged as production."""
+def is_recorded(registry: Path, preset: str, version: str) -> bool:
+    """Whether the registry is committed as it is, and the version the one that was tagged as in production last."""
     if git("status", "--porcelain", "--", str(registry)):
         return False
-    commit = git("log", "-1", "--format=%H", "--", str(registry))
-    return any(tag.startswith(f"{preset}#{STAGE}#") for tag in git("tag", "--points-at", commit).splitlines())
+    registered = git("tag", "--list", f"{preset}@{version}")
+    assigned = git("tag", "--list", f"{preset}#{STAGE}#*").split()
+    if not registered or not assigned:
+        return False
+    # GTO puts both tags on the version's own commit.
+    last = max(assigned, key=lambda tag: int(tag.rpartition("#")[2]))
+    return git("rev-list", "-1", last) == git("rev-list", "-1", registered)
 
 
 def commit_and_tag(files: Sequence[Path], message: str, preset: str, version: str, *, new: bool) -> None:
