@@ -113,6 +113,13 @@ def test_dd_50k_from_the_released_student_to_the_exported_graph(world: World, in
     assert torch.equal(samples.labels_N, open_protocol(config.evaluate).labels(0, Conditions(10)))
     assert len(samples.labels_N.unique()) == 10
 
+    command = ["table", "--rows", "teacher,dd1_1step,teacher_involved_2_3,skip_1"]
+    assert main([*command, "--timing-batch", "2", "--timing-rounds", "1", "--ppl-samples", "0"]) == 0
+    known = json.loads(paths.METRICS.with_name("table.json").read_text())["rows"]
+    assert set(known) == {"teacher", "dd1_1step", "teacher_involved_2_3", "skip_1"}
+    assert known["dd1_1step"]["fid"] == metrics["dd1_1step"]["fid"], "taken over from the pipeline"
+    assert known["skip_1"]["fid"] > 0
+
     gate.gate(**{name: getattr(config, name) for name in sections(gate.gate)})
     export_onnx.export(config.preset, config.dd1, config.dd2, config.evaluate, config.export)
     report.report(config.preset, config.seed, config.export)

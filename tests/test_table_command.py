@@ -12,6 +12,7 @@ from ddops.commands import table
 from ddops.config.load import compose, load_config, write_params
 from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.files import write_json
+from ddops.models.errors import CheckpointError
 from ddops.stages import paths
 from test_stage_sample import write_weights
 from tiny import FAMILIES, PARAMS
@@ -126,6 +127,18 @@ def test_what_the_pipeline_judged_by_this_protocol_is_taken_over(workspace, judg
     assert main(COMMAND) == 0
     assert ("teacher" in judged) != same
     assert (json.loads(RESULT.read_text())["rows"]["teacher"]["fid"] == 123.0) == same
+
+
+def test_without_the_network_of_the_path_length_nothing_is_begun(workspace, judged, capsys, monkeypatch):
+    def away(*_):
+        raise CheckpointError("LPIPS needs VGG-16")
+
+    monkeypatch.setattr(table, "_distance", away)
+    assert main(COMMAND) == 1
+    assert "LPIPS needs VGG-16" in capsys.readouterr().err
+    assert judged == []
+    assert main([*COMMAND[:-1], "0"]) == 0, "0 paths need none"
+    assert "ppl" not in json.loads(RESULT.read_text())["rows"]["dd1_1step"]
 
 
 def test_a_damaged_table_is_named(workspace, capsys):

@@ -25,6 +25,7 @@ from ddops.stages.common import drawing_of
 if TYPE_CHECKING:
     from ddops.evaluation.rows import Models, Row
     from ddops.evaluation.ruler import Ruler
+    from ddops.evaluation.smoothness import Distance
 
 COLUMNS: Final = {
     "fid": "{:.2f}",
@@ -51,7 +52,7 @@ def register(commands: Subparsers) -> None:
     parser.add_argument("--output", type=Path, default=Path("reports/table.json"), metavar="FILE")
     parser.add_argument("--timing-batch", type=int, default=64, metavar="N", help="images a timed draw; default: 64")
     parser.add_argument("--timing-rounds", type=int, default=5, metavar="N", help="draws a row, in turn; default: 5")
-    parser.add_argument("--ppl-samples", type=int, default=2000, metavar="N", help="0 leaves PPL out; default: 2000")
+    parser.add_argument("--ppl-samples", type=int, default=2000, metavar="N", help="0: no PPL; default: 2000")
     parser.add_argument("--ppl-epsilon", type=float, default=1e-2, metavar="X", help="default: 0.01 (ours)")
     parser.set_defaults(run=run)
 
@@ -72,10 +73,13 @@ def run(arguments: argparse.Namespace) -> None:
     result = _begun(arguments.output, known) or {"preset": config.preset, **known, "rows": {}}
     result |= {"provenance": provenance(known), "date": datetime.now(UTC).date().isoformat()}
     judged = _judged_by_the_pipeline(known)
+    # Before the long work: its network may be missing.
+    distance = _distance(config, models) if arguments.ppl_samples else None
     for row in rows:
         if row.name not in result["rows"]:
             figures = judged.get(row.name) or _judge(row, ruler, config, models)
-            result["rows"][row.name] = {**figures, **_path_lengths(row, config, models, arguments)}
+            lengths = {} if distance is None else _path_lengths(row, config, models, distance, arguments)
+            result["rows"][row.name] = {**figures, **lengths}
             write_json(arguments.output, result)
     for name, seconds in _time(rows, models, arguments.timing_batch, arguments.timing_rounds).items():
         result["rows"][name] |= {"seconds": statistics.median(seconds), "seconds_range": [min(seconds), max(seconds)]}
@@ -211,35 +215,36 @@ def _judge(row: Row, ruler: Ruler, config: Config, models: Models) -> dict[str, 
     return {**summary(runs), **counts}
 
 
-def _path_lengths(row: Row, config: Config, models: Models, arguments: argparse.Namespace) -> dict[str, float]:
-    """PPL over the protocol's seeds, of a row that is a function of its noise; nothing of others."""
-    from ddops.stages.evaluate import summary
-
-    if not arguments.ppl_samples or row.generator is None:
-        return {}
-    return summary([{"ppl": _path_length(row, config, models, seed, arguments)} for seed in config.evaluate.seeds])
-
-
-def _path_length(row: Row, config: Config, models: Models, seed: int, arguments: argparse.Namespace) -> float:
-    import torch
-
+def _distance(config: Config, models: Models) -> Distance:
+    """Of two batches of images; raises CheckpointError where its network cannot be had."""
     from ddops.config.evaluation import DigitsEvaluateConfig
-    from ddops.evaluation.drawing import Request
     from ddops.evaluation.judge import load_classifier
-    from ddops.evaluation.smoothness import path_lengths
     from ddops.losses.perceptual import classifier_distance, lpips_distance
 
-    assert row.generator is not None
-    on_digits = isinstance(config.evaluate, DigitsEvaluateConfig)
-    if on_digits:
-        distance = classifier_distance(load_classifier(paths.CLASSIFIER).to(models.device))
-    else:
-        distance = lpips_distance(models.device)
+    if isinstance(config.evaluate, DigitsEvaluateConfig):
+        return classifier_distance(load_classifier(paths.CLASSIFIER).to(models.device))
+    return lpips_distance(models.device)
+
+
+def _path_lengths(
+    row: Row, config: Config, models: Models, distance: Distance, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """PPL over the protocol's seeds, of a row that is a function of its noise; nothing of others."""
+    import torch
+
+    from ddops.evaluation.drawing import Request
+    from ddops.evaluation.smoothness import path_lengths
+    from ddops.stages.evaluate import summary
+
+    if row.generator is None:
+        return {}
     labels_N = torch.arange(arguments.ppl_samples) % models.teacher.num_conditions
     shape = (models.teacher.layout.length, models.teacher.codebook_VC.shape[1])
-    request = Request(labels_N, config.evaluate.batch_size)
-    lengths = path_lengths(row.generator, distance, request, seed, shape, arguments.ppl_epsilon)
-    return float(torch.cat(list(lengths)).mean())
+    request, runs = Request(labels_N, config.evaluate.batch_size), []
+    for seed in config.evaluate.seeds:
+        lengths = path_lengths(row.generator, distance, request, seed, shape, arguments.ppl_epsilon)
+        runs.append({"ppl": float(torch.cat(list(lengths)).mean())})
+    return summary(runs)
 
 
 def _time(rows: Sequence[Row], models: Models, batch: int, rounds: int) -> dict[str, list[float]]:
