@@ -73,6 +73,18 @@ def test_a_damaged_file_is_named(tmp_path, damage):
         open_samples(path)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_images_that_were_altered_are_not_judged(tmp_path, compressed):
+    """By the checksum; a compressed file, such as a reference batch, may not even unpack."""
+    path, images = tmp_path / "a.npz", np.random.default_rng(0).integers(256, size=(50, 64, 64, 3), dtype=np.uint8)
+    (np.savez_compressed if compressed else np.savez)(path, arr_0=images)
+    content = bytearray(path.read_bytes())
+    content[300_000:300_010] = bytes(byte ^ 255 for byte in content[300_000:300_010])
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.npz: damaged .*; run the stage sample again"):
+        list(open_samples(path).batches(10))
+
+
 def test_a_grid_holds_the_first_of_each_class_in_columns_and_white_where_there_are_none(tmp_path):
     samples = open_samples(written(tmp_path / "a.npz"))
     picked = pick(samples, [2, 0, 9], per_class=6, batch_size=4).unflatten(0, (6, 3))

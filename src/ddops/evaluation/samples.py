@@ -5,6 +5,7 @@ their labels ``arr_1`` (N,). Written and read batch by batch: fifty thousand ima
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,15 +41,22 @@ class Samples:
         return self.shape[0]
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 images (B, I, H, W), in order."""
+        """uint8 images (B, I, H, W), in order.
+
+        Raises:
+            CheckpointError: the file is cut short or altered, which its checksum tells once the last image is read.
+        """
         pixels = int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open(IMAGES) as file:
             _read_header(file)
             for first in range(0, len(self), size):
                 count = min(size, len(self) - first)
-                content = file.read(count * pixels)
+                try:
+                    content = file.read(count * pixels)
+                except (zipfile.BadZipFile, zlib.error) as error:
+                    raise CheckpointError(f"{self.path}: damaged ({error}); run the stage sample again") from error
                 if len(content) != count * pixels:
-                    raise CheckpointError(f"{self.path}: cut short")
+                    raise CheckpointError(f"{self.path}: cut short; run the stage sample again")
                 images_BHWI = np.frombuffer(bytearray(content), np.uint8).reshape(count, *self.shape[1:])
                 yield torch.from_numpy(images_BHWI).permute(0, 3, 1, 2).contiguous()
 
