@@ -11,6 +11,7 @@ samples of one seed), costs are counted in passes of the teacher over a whole se
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import resource
@@ -20,13 +21,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddops.captions.conditions import open_conditions
 from ddops.config.dd2 import TrainedARDiffusionConfig, TrainedDD2Config
 from ddops.config.load import compose, validate, write_params
 from ddops.config.stages import Config, TrainedDD1Config
+from ddops.evaluation.drawing import Indices, sample_noise
 from ddops.evaluation.report import read_curve
 from ddops.files import write_json
+from ddops.models.weights import load_teacher
+from ddops.sampling.teacher import flow_picker, sample_teacher
+from ddops.stages import paths
+from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
 
-PAPERS: Final = ("dd2.guidance.start=ar_diffusion", "dd2.output=embeddings", "dd2.anchor_weight=0.0")
+PAPERS: Final = (
+    *("ar_diffusion.head.predicts=embedding", "dd2.guidance.start=ar_diffusion"),
+    *("dd2.output=embeddings", "dd2.anchor_weight=0.0"),
+)
+"""Whose AR-diffusion model WORKSPACE must hold, with that head; the others need one of the preset's."""
 VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "as the preset": (),
     "no anchor": ("dd2.anchor_weight=0.0",),
@@ -38,8 +53,10 @@ VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "5 guidance updates": ("dd2.guidance.updates=5",),
     "flow matching": ("ar_diffusion.target=flow_matching",),
     "ground-truth score": (),
+    "the paper's head": ("ar_diffusion.head.predicts=embedding",),
+    "the paper's head, flow matching": ("ar_diffusion.head.predicts=embedding", "ar_diffusion.target=flow_matching"),
 }
-AR_DIFFUSION: Final = ("flow matching", "ground-truth score")
+AR_DIFFUSION: Final = ("flow matching", "ground-truth score", "the paper's head", "the paper's head, flow matching")
 """Variants of the AR-diffusion model alone."""
 GIVEN: Final = (
     "artifacts/features",
@@ -94,6 +111,22 @@ def run_variant(name: str, workspace: Path, place: Path, values: dict[str, Any])
     return {"overrides": list(VARIANTS[name]), "cpu_seconds": round(seconds, 1), "curves": curves}
 
 
+def teacher_fid(workspace: Path, config: Config) -> float:
+    """Of the teacher through the flow map, by the curves' ruler and from the curves' noise."""
+    if not isinstance(config.dd2, TrainedDD2Config):
+        raise SystemExit("a preset without DD2")
+    with contextlib.chdir(workspace), torch.inference_mode():
+        teacher = load_teacher(paths.TOKENIZER, paths.TRANSFORMER)
+
+        def decode(indices_B: Indices, labels_B: Tensor) -> Tensor:
+            noise_BLC = sample_noise(CURVE_SEED, indices_B, teacher, teacher.codebook_VC.shape[1])
+            picker = flow_picker(teacher.layout, teacher.codebook_VC, noise_BLC, config.trajectories)
+            ids_BL = sample_teacher(teacher, labels_B, config.sampling, picker)
+            return teacher.decode(F.embedding(ids_BL, teacher.codebook_VC))
+
+        return FIDCurve(config.dd2.evaluate_count, open_conditions(paths.TRAIN_CAPTIONS, teacher))(decode)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workspace", type=Path)
@@ -111,8 +144,13 @@ def main() -> None:
         if any(earlier[key] != value for key, value in known.items()):
             raise SystemExit(f"{arguments.output} is of other settings: {earlier['preset']} {earlier['overrides']}")
         result["variants"] = earlier["variants"]
+        result |= {key: earlier[key] for key in ("teacher_fid",) if key in earlier}
     result["date"] = datetime.now(UTC).date().isoformat()
     result["machine"] = f"{platform.system()} {platform.machine()}, shared"
+    if "teacher_fid" not in result:
+        values = compose(arguments.params, [f"preset={arguments.preset}", *arguments.overrides])
+        result["teacher_fid"] = teacher_fid(arguments.workspace, validate(values, arguments.preset))
+        write_json(arguments.output, result)
     for name in arguments.only:
         values = compose(arguments.params, [f"preset={arguments.preset}", *arguments.overrides, *VARIANTS[name]])
         if name not in result["variants"]:

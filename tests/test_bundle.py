@@ -427,7 +427,7 @@ def test_a_dd2_generator_exports_as_a_dd1_student_does(tmp_path):
     config = tiny("llamagen")
     teacher = as_backbone(untrained("llamagen")[0])
     torch.manual_seed(1)
-    model = new_ar_diffusion(teacher, HeadConfig(width=32, blocks=1))
+    model = new_ar_diffusion(teacher, HeadConfig(width=32, blocks=1, predicts="embedding"))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     generator = ARDiffusionGenerator(model)

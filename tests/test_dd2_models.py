@@ -25,7 +25,8 @@ from ddops.sampling.teacher import conditional_log_probs, sample_teacher
 from tiny import tiny, untrained
 
 FAMILIES = ["llamagen", "var"]
-HEAD = HeadConfig(width=16, blocks=1)
+HEAD = HeadConfig(width=16, blocks=1, predicts="embedding")
+CODES = HeadConfig(width=16, blocks=1, predicts="codes")
 GUIDED = SamplingConfig(guidance=1.5, top_k=20, top_p=0.9, temperature=1.2)
 B = 3
 
@@ -66,7 +67,7 @@ def test_the_conditionals_in_one_pass_are_those_that_sampling_meets(family, samp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("head", [HEAD, None], ids=["head", "classifier"])
+@pytest.mark.parametrize("head", [HEAD, CODES, None], ids=["embedding", "codes", "classifier"])
 def test_a_token_is_denoised_given_its_own_noise_and_strictly_earlier_levels(family, head):
     teacher, model = models(family, head)
     labels_B, ids_BL, x_BLC = sequences(teacher)
@@ -136,18 +137,40 @@ def test_the_generator_is_one_pass_over_noise_and_its_codes_are_the_nearest(fami
     assert torch.equal(moved.abs().amax((0, 2)) > 1e-7, expected_L), "own noise and that of strictly earlier levels"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_of_codes_corrects_the_classifier_and_the_noise_does_the_rest(family):
+    """The mean against the definition in float64; as a generator, at t = 0, its logits and their expectation."""
+    teacher, model = models(family, CODES)
+    labels_B, ids_BL, noise_BLC = sequences(teacher)
+    codes_VC = teacher.codebook_VC.double()
+    with torch.no_grad():
+        hidden_BLD = model.hidden(labels_B, ids_BL)
+        t_BL = torch.rand(ids_BL.shape, generator=torch.Generator().manual_seed(2)) * 0.95
+        x_BLC = torch.lerp(noise_BLC, F.embedding(ids_BL, teacher.codebook_VC), t_BL[..., None])
+        logits_BLV = (model.backbone.classify(hidden_BLD) + model.head(x_BLC, t_BL, hidden_BLD)).double()
+        t = t_BL.double()[..., None]
+        squares_BLV = (x_BLC.double()[:, :, None] - t[..., None] * codes_VC).square().sum(-1)
+        expected_BLC = (logits_BLV - squares_BLV / (2 * (1 - t) ** 2)).softmax(-1) @ codes_VC
+        torch.testing.assert_close(model.mean(x_BLC, t_BL, hidden_BLD).double(), expected_BLC, atol=1e-4, rtol=1e-4)
+
+        out = ARDiffusionGenerator(model)(noise_BLC, labels_B, torch.zeros_like(labels_B), slice(1, 3))
+        assert out.logits_BLV.shape == (B, 2, len(codes_VC))
+        torch.testing.assert_close(out.logits_BLV.softmax(-1) @ teacher.codebook_VC, out.embeddings_BLC[:, 1:3])
+
+
 def test_a_generator_needs_a_head():
     with pytest.raises(ValueError, match="conditional head"):
         ARDiffusionGenerator(ARDiffusion(untrained("llamagen")[0], None))
 
 
+@pytest.mark.parametrize("head", [HEAD, CODES], ids=["embedding", "codes"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_files_hold_all_but_the_tokenizer_and_come_back_whole(family, tmp_path):
-    teacher, model = models(family)
+def test_files_hold_all_but_the_tokenizer_and_come_back_whole(family, head, tmp_path):
+    teacher, model = models(family, head)
     labels_B, ids_BL, x_BLC = sequences(teacher)
     tokenizer, file = tmp_path / "tokenizer.safetensors", tmp_path / "model.safetensors"
     save_weights(tokenizer, teacher.tokenizer.state_dict(), teacher.config, TOKENIZER)
-    save_ar_diffusion(file, model.state_dict(), teacher.config, HEAD)
+    save_ar_diffusion(file, model.state_dict(), teacher.config, head)
     loaded = load_ar_diffusion(tokenizer, file)
     t_BL = torch.full(ids_BL.shape, 0.3)
     means = [each.mean(x_BLC, t_BL, each.hidden(labels_B, ids_BL)) for each in (model, loaded)]
@@ -155,7 +178,7 @@ def test_files_hold_all_but_the_tokenizer_and_come_back_whole(family, tmp_path):
     assert b"tokenizer" not in file.read_bytes()[:20_000].split(b"__metadata__")[0]
 
     generator = ARDiffusionGenerator(model)
-    save_generator(file, generator.state_dict(), teacher.config, HEAD)
+    save_generator(file, generator.state_dict(), teacher.config, head)
     start_B = torch.zeros_like(labels_B)
     assert torch.equal(
         load_generator(tokenizer, file)(x_BLC, labels_B, start_B).embeddings_BLC,

@@ -146,7 +146,9 @@ def test_a_few_hundred_steps_bring_the_joint_distribution_to_the_teachers(
     """From random weights, whose samples have little to do with the teacher's."""
     torch.manual_seed(0)
     teacher, generator = TableTeacher().requires_grad_(False), ToyStudent()
-    network = new_ar_diffusion(teacher, HeadConfig(width=32, blocks=2) if guidance == "ar_diffusion" else None)
+    network = new_ar_diffusion(
+        teacher, HeadConfig(width=32, blocks=2, predicts="embedding") if guidance == "ar_diffusion" else None
+    )
     config = settings(output, guidance, 400, updates, rate)
     before = total_variation(generator, output)
     state = train_alternating(

@@ -47,7 +47,11 @@ def test_a_generator_without_variety_stops_the_stage():
     ("overrides", "message"),
     [
         (["dd2.output=embeddings"], "dd2.guidance.start teacher knows codes only"),
-        (["dd2.start=ar_diffusion"], "dd2.anchor_weight must be 0 where start is ar_diffusion"),
+        (["dd2.start=ar_diffusion", "ar_diffusion.head.predicts=embedding"], "dd2.anchor_weight: needs trained logits"),
+        (
+            ["dd2.output=embeddings", "dd2.guidance.start=ar_diffusion", "ar_diffusion.head.predicts=codes"],
+            "dd2.output: embeddings lie between codes",
+        ),
         (["dd2.times.min=0.99"], "dd2.times.min 0.99 must be less than max"),
         (["ar_diffusion=none", "dd2.guidance.start=ar_diffusion"], "ar_diffusion.source: none, but dd2 starts from"),
         (["ar_diffusion=none", "evaluate.rows=[dd2_1step,dd2_refine_1]"], "dd2_refine_1 needs DD2's generator and AR"),

@@ -228,7 +228,7 @@ def test_the_student_starts_as_the_teacher_and_sees_the_caption() -> None:
 
 def test_dd2s_models_take_captions() -> None:
     """Its copies of the teacher keep the attached prompt set, which they share."""
-    model = new_ar_diffusion(small_teacher(), HeadConfig(width=8, blocks=1))
+    model = new_ar_diffusion(small_teacher(), HeadConfig(width=8, blocks=1, predicts="codes"))
     generator = ARDiffusionGenerator(model)
     assert generator.num_conditions == 4
     noise_BLC = torch.randn(2, LENGTH, SMALL.code_dim)

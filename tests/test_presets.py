@@ -15,6 +15,8 @@ from ddops.commands.arguments import CommandError, load_preset
 from ddops.commands.classes import parse_classes
 from ddops.config.models import VARConfig
 from ddops.config.stages import Config, DownloadedTeacherConfig, ReleasedDD1Config
+from ddops.costs.devices import DEVICES
+from ddops.costs.stages import predict
 from ddops.hub.records import HubRecords
 from tiny import PARAMS
 
@@ -44,6 +46,7 @@ STUDENTS = {
     "released_dd1_llamagen_l": 326.16,
 }
 PUBLISHED = [*TEACHERS, *STUDENTS]
+DD2 = ["var_d16_dd2", "var_d20_dd2", "llamagen_l_dd2"]
 SCHEDULES = {
     "var_d16": ((0, 5), 5),
     "var_d20": ((0, 4), 4),
@@ -108,7 +111,25 @@ def test_plan_states_sizes_and_costs_and_fetches_nothing(
 
 def test_every_preset_of_the_issue_is_there_and_nothing_is_left_out() -> None:
     presets = {file.stem for file in (PARAMS / "preset").glob("*.yaml")}
-    assert presets - {"digits", "digits_t2i", "digits_var", "smoke"} == set(PUBLISHED)
+    assert presets - {"digits", "digits_t2i", "digits_var", "smoke"} == {*PUBLISHED, *DD2}
+
+
+@pytest.mark.parametrize("preset", DD2)
+def test_presets_with_dd2_are_those_without_it_and_dd2_after_dd1(preset: str) -> None:
+    config, without = config_of(preset), config_of(preset.removesuffix("_dd2"))
+    for section in ("features", "teacher", "sampling", "trajectories", "dd1", "gate", "engine"):
+        assert getattr(config, section) == getattr(without, section)
+    assert (config.ar_diffusion.source, config.dd2.source, without.dd2.source) == ("train", "train", "none")
+    assert config.export.row == "dd2_1step"
+    assert set(config.evaluate.rows) > set(without.evaluate.rows)
+
+
+def test_dd2_of_a_published_teacher_is_predicted_to_fit_the_card() -> None:
+    """Its updates run, without values, through the stages' own code."""
+    costs = predict(config_of("var_d16_dd2"), DEVICES["h200"])
+    for stage in ("ar_diffusion", "distill_dd2"):
+        assert 0 < costs[stage].memory < DEVICES["h200"].memory
+        assert costs[stage].flops < costs["distill_dd1"].flops / 3, "less training than DD1 takes"
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

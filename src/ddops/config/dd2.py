@@ -102,7 +102,7 @@ class TrainedDD2Config:
     normalization: Literal["distance", "direction", "none"]
     anchor_weight: NonNegativeFloat
     """Weight of DD1's cross-entropy on the trajectories beside the distillation loss *(ours)*; 0 is the paper's.
-    Needs the logits of a generator that starts from DD1 or the teacher."""
+    Needs trained logits: of a generator that starts from DD1 or the teacher, or whose head predicts codes."""
     refine_start: Annotated[float, Field(ge=0, lt=1)]
     """How far refining returns a sample to noise before it is denoised again: 0 all the way, 1 not at all."""
     min_diversity: Fraction
@@ -127,10 +127,6 @@ class TrainedDD2Config:
             raise ValueError(
                 f"guidance.batch_size {self.guidance.batch_size} is not a multiple of the "
                 f"{self.training.processes} processes"
-            )
-        if self.anchor_weight and self.start == "ar_diffusion":
-            raise ValueError(
-                "anchor_weight must be 0 where start is ar_diffusion: that generator has no trained logits"
             )
 
 

@@ -130,6 +130,9 @@ class HeadConfig:
 
     width: PositiveInt
     blocks: PositiveInt
+    predicts: Literal["embedding", "codes"]
+    """``embedding``: the posterior mean itself, in the classifier's place, as in the paper. ``codes`` *(ours)*: a
+    correction of the classifier's logits, from which the mean follows in closed form."""
 
 
 @config

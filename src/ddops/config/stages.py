@@ -272,12 +272,7 @@ class Config:
             raise ValueError(f"dd1.logit_prefix: {self.dd1.logit_prefix} exceeds the teacher's {levels} {unit}")
         if self.dd1.source == "train" and self.trajectories.count == 0:
             raise ValueError("trajectories.count: 0, but dd1.source is train, which needs some")
-        if self.dd2.source == "train":
-            starts = {self.dd2.start, self.dd2.guidance.start}
-            if "ar_diffusion" in starts and self.ar_diffusion.source == "none":
-                raise ValueError("ar_diffusion.source: none, but dd2 starts from the AR-diffusion model")
-            if self.trajectories.count == 0:
-                raise ValueError("trajectories.count: 0, but dd2.source is train, which needs some")
+        self._check_dd2()
         if self.export.student == "dd2" and self.dd2.source == "none":
             raise ValueError("export.student: dd2, but dd2.source is none")
         if (self.evaluate.protocol == "digits") != (self.features.name == "digits_classifier"):
@@ -315,6 +310,28 @@ class Config:
             raise ValueError(f"captions.encoder.width: {encoder.width}, but the teacher takes {shape.width}")
         if "onestep_class" in self.evaluate.rows and self.captions.sets.train != self.captions.sets.evaluate:
             raise ValueError("evaluate.rows: onestep_class knows the captions of captions.sets.train only")
+
+    def _check_dd2(self) -> None:
+        """DD2 must be given what it starts from, and a head that fits its output."""
+        if self.dd2.source == "none":
+            return
+        if self.trajectories.count == 0:
+            raise ValueError("trajectories.count: 0, but dd2.source is train, which needs some")
+        if "ar_diffusion" not in (self.dd2.start, self.dd2.guidance.start):
+            return
+        if self.ar_diffusion.source == "none":
+            raise ValueError("ar_diffusion.source: none, but dd2 starts from the AR-diffusion model")
+        predicts = self.ar_diffusion.head.predicts
+        if self.dd2.output == "embeddings" and self.dd2.guidance.start == "ar_diffusion" and predicts == "codes":
+            raise ValueError(
+                "dd2.output: embeddings lie between codes, which a guidance network of codes cannot follow: "
+                "set ar_diffusion.head.predicts to embedding"
+            )
+        if self.dd2.anchor_weight and self.dd2.start == "ar_diffusion" and predicts == "embedding":
+            raise ValueError(
+                "dd2.anchor_weight: needs trained logits, and a head that predicts the embedding has none: "
+                "set it to 0, or ar_diffusion.head.predicts to codes"
+            )
 
     def _check_row(self, name: str) -> None:
         """A row must be one that these models can draw."""

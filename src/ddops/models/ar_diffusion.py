@@ -44,9 +44,10 @@ class ResidualBlock(nn.Module):
 
 
 class ConditionalHead(nn.Module):
-    """``(x_t, t, h) -> E[q | x_t, h]``, position by position."""
+    """``(x_t, t, h) ->`` the posterior mean ``E[q | x_t, h]`` (B, L, C), or what is added to the classifier's logits
+    (B, L, V), as ``config.predicts`` says; position by position. Starts at zero."""
 
-    def __init__(self, config: HeadConfig, hidden_width: int, code_dim: int) -> None:
+    def __init__(self, config: HeadConfig, hidden_width: int, codebook_size: int, code_dim: int) -> None:
         super().__init__()
         self.config = config
         self.register_buffer(
@@ -59,7 +60,7 @@ class ConditionalHead(nn.Module):
         self.condition = nn.Linear(hidden_width, config.width)
         self.time = nn.Linear(2 * TIME_FREQUENCIES, config.width)
         self.blocks = nn.ModuleList(ResidualBlock(config.width) for _ in range(config.blocks))
-        self.output = nn.Linear(config.width, code_dim)
+        self.output = nn.Linear(config.width, codebook_size if config.predicts == "codes" else code_dim)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
@@ -69,15 +70,17 @@ class ConditionalHead(nn.Module):
         y = self.input(x_BLC) + cond
         for block in self.blocks:
             y = block(y, cond)
-        mean_BLC: Tensor = self.output(F.layer_norm(y, y.shape[-1:]))
-        return mean_BLC.float()
+        output_BLX: Tensor = self.output(F.layer_norm(y, y.shape[-1:]))
+        return output_BLX.float()
 
 
 class ARDiffusion(nn.Module):
     """Posterior means ``E[q_i | x_t, q_<i, y]`` of a sequence model, from a backbone over its clean tokens.
 
-    With a :class:`ConditionalHead` this is the paper's model. Without one the backbone's classifier stays, and the
-    mean follows from its probabilities in closed form *(ours)*: exact for sequences that lie on the codebook.
+    With a :class:`ConditionalHead` that predicts embeddings this is the paper's model. With one that predicts codes
+    *(ours)* the classifier stays, the head corrects its logits, and the mean follows from them in closed form: the head
+    need not learn again what the teacher knew of the codes, nor how noise decides between them. Without a head the
+    classifier alone does *(ours)*. Both are exact for sequences that lie on the codebook, and only there.
     """
 
     def __init__(self, backbone: BackboneTeacher, head: ConditionalHead | None) -> None:
@@ -105,10 +108,15 @@ class ARDiffusion(nn.Module):
 
     def mean(self, x_BLC: Tensor, t_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         """Posterior means (B, L, C) of noisy tokens, each at its own time in [0, 1)."""
-        if self.head is not None:
-            result_BLC: Tensor = self.head(x_BLC, t_BL, hidden_BLD)
-            return result_BLC
-        return codebook_mean(x_BLC, t_BL, self.log_probs(hidden_BLD), self.codebook_VC)
+        if self.head is not None and self.head.config.predicts == "embedding":
+            mean_BLC: Tensor = self.head(x_BLC, t_BL, hidden_BLD)
+            return mean_BLC
+        return codebook_mean(x_BLC, t_BL, self.code_logits(x_BLC, t_BL, hidden_BLD), self.codebook_VC)
+
+    def code_logits(self, x_BLC: Tensor, t_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
+        """Logits (B, L, V) of the codes before what the noise says; not of a head that predicts embeddings."""
+        logits_BLV = self.backbone.classify(hidden_BLD)
+        return logits_BLV if self.head is None else logits_BLV + self.head(x_BLC, t_BL, hidden_BLD)
 
 
 @full_precision
@@ -122,16 +130,16 @@ def new_ar_diffusion(teacher: BackboneTeacher, config: HeadConfig | None) -> ARD
     """An AR-diffusion model whose backbone is a copy of the teacher, to be trained; the tokenizer stays frozen."""
     backbone = copy.deepcopy(teacher).requires_grad_(True)
     backbone.tokenizer.requires_grad_(False)
-    width, code_dim = teacher.config.width, teacher.config.code_dim
-    return ARDiffusion(backbone, None if config is None else ConditionalHead(config, width, code_dim))
+    shape = (teacher.config.width, *teacher.codebook_VC.shape)
+    return ARDiffusion(backbone, None if config is None else ConditionalHead(config, *shape))
 
 
 class ARDiffusionGenerator(Student):
     """The AR-diffusion model as a one-step generator (DD2): noise takes the place of the clean tokens, and the head
     is evaluated once, at t = 0.
 
-    Regressed embeddings are the paper's output; the logits are those of a Gaussian around each code, so that the
-    nearest code is the likeliest.
+    Regressed embeddings are the paper's output; the logits are then those of a Gaussian around each code, so that the
+    nearest code is the likeliest. A model that predicts codes gives its own logits, and their expectation.
     """
 
     head_modules = ("model.head",)
@@ -141,6 +149,7 @@ class ARDiffusionGenerator(Student):
         if model.head is None:
             raise ValueError("a generator needs a conditional head: in closed form a token would not see its own noise")
         self.model = model
+        self.predicts_codes = model.head.config.predicts == "codes"
         self.layout = model.backbone.layout
         self.prefix_layer = model.backbone.prefix_layer()
 
@@ -155,12 +164,22 @@ class ARDiffusionGenerator(Student):
         """See :meth:`Student.forward`. What is data and what is noise shows from the values alone."""
         backbone = self.model.backbone
         hidden_BLD = backbone.hidden(labels_B, self.prefix_layer(backbone.prefix_inputs(x_BLC)))
-        embeddings_BLC = self.model.mean(x_BLC, torch.zeros_like(x_BLC[..., 0]), hidden_BLD)
-        return StudentOutput(nearest_logits(embeddings_BLC[:, logits_at], self.model.codebook_VC), embeddings_BLC)
+        model, t_BL = self.model, torch.zeros_like(x_BLC[..., 0])
+        if self.predicts_codes:
+            logits_BLV = model.code_logits(x_BLC, t_BL, hidden_BLD)
+            return StudentOutput(logits_BLV[:, logits_at], expected_code(logits_BLV, model.codebook_VC))
+        embeddings_BLC = model.mean(x_BLC, t_BL, hidden_BLD)
+        return StudentOutput(nearest_logits(embeddings_BLC[:, logits_at], model.codebook_VC), embeddings_BLC)
 
     def init_from_teacher(self, teacher: Teacher) -> None:
         """Raises TypeError: it starts from an AR-diffusion model, which started from the teacher."""
         raise TypeError("an ARDiffusionGenerator starts from an AR-diffusion model")
+
+
+@full_precision
+def expected_code(logits_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """The posterior mean at t = 0, where the noise says nothing yet: (B, L, C)."""
+    return logits_BLV.softmax(-1) @ codebook_VC
 
 
 @full_precision
