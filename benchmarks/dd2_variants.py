@@ -138,7 +138,9 @@ def main() -> None:
     parser.add_argument("--override", action="append", default=[], dest="overrides", metavar="section.key=value")
     arguments = parser.parse_args()
     known = {"preset": arguments.preset, "overrides": arguments.overrides}
-    result: dict[str, Any] = {"command": " ".join(sys.argv), **known, "variants": {}}
+    places = {str(arguments.workspace): "WORKSPACE", str(arguments.work): "WORK"}
+    command = " ".join(places.get(word, word) for word in sys.argv)
+    result: dict[str, Any] = {"command": command, **known, "variants": {}}
     if arguments.output.exists():
         earlier = json.loads(arguments.output.read_text())
         if any(earlier[key] != value for key, value in known.items()):
