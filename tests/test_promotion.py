@@ -14,6 +14,7 @@ from ddops.commands import repository as repository_commands
 from ddops.config.load import compose, write_params
 from ddops.evaluation.production import Registry
 from ddops.files import sha256_file, write_json
+from ddops.serving.models import find_bundle
 from ddops.stages import paths
 from test_gate import run_gate
 from tiny import PARAMS
@@ -77,6 +78,7 @@ def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: 
     assert git("status", "--porcelain", "production") == ""
     registry = Registry.load(paths.PRODUCTION)
     assert registry.current == "v1.0.0"
+    assert find_bundle(Path("production")) == first.resolve()
     exported = registry.versions["v1.0.0"]["exported"]
     assert exported["figures"] == {"fid": 3.1}
     assert (exported["protocol"]["name"], exported["protocol"]["seeds"]) == ("digits", [1])
@@ -90,10 +92,12 @@ def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: 
     retrain("second")
     assert main(["promote", "--by", "Bob", "--reason", "it is better"]) == 0, capsys.readouterr().err
     assert (first / "model.onnx").read_text() == "first", "the previous one stays"
+    assert find_bundle(Path("production")).name == "v2.0.0"
 
     assert main(["rollback", "--reason", "it was not"]) == 0, capsys.readouterr().err
     registry = Registry.load(paths.PRODUCTION)
     assert registry.current == "v1.0.0"
+    assert find_bundle(Path("production")) == first.resolve()
     assert [(step["what"], step["by"]) for step in registry.history] == [
         ("promote", "Ada"),
         ("promote", "Bob"),

@@ -1,5 +1,6 @@
 """`ddops serve` as a process, asked by real clients: right images, nothing lost, and limits that hold."""
 
+import asyncio
 import base64
 import io
 import json
@@ -10,6 +11,8 @@ import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx2
 import hypothesis
@@ -18,10 +21,15 @@ import pytest
 import schemathesis
 from PIL import Image
 from schemathesis.specs.openapi import checks
+from starlette.exceptions import HTTPException
 
 from ddops.cli import main
+from ddops.evaluation.production import Registry
+from ddops.export.manifest import read_manifest
 from ddops.inference import OneStepPipeline
+from ddops.serving.app import WEBP_SIDE, Service, encode
 from ddops.serving.logs import JsonFormatter
+from ddops.serving.schemas import ImageRequest
 from ddops.serving.settings import ServeSettings
 from tiny_bundle import make_bundle, serving
 
@@ -137,6 +145,21 @@ def test_a_body_that_is_no_request_is_refused(client, body):
     assert answer.status_code == 422
 
 
+def test_a_picture_wider_than_its_format_allows_is_refused(bundle):
+    """Which needs larger images than a test's server draws: 256 of 64 pixels."""
+    manifest = read_manifest(bundle)
+    large = replace(manifest, model=replace(manifest.model, image_size=64))
+    service = Service(bundle, ServeSettings(max_count=512, queue_limit=512), None)
+    service.slot.current = SimpleNamespace(manifest=large, batcher=None)
+    request = ImageRequest.model_validate({"class": 1, "count": 256, "format": "webp"})
+    with pytest.raises(HTTPException, match=f"256 images are wider than a webp's {WEBP_SIDE} pixels") as refused:
+        asyncio.run(service.draw(request))
+    assert refused.value.status_code == 422
+    with pytest.raises(ValueError, match="encoding error"):
+        encode([np.zeros((1, WEBP_SIDE + 1, 1), np.uint8)], "webp")
+    assert pixels(encode([np.zeros((1, WEBP_SIDE, 1), np.uint8)], "webp")).shape[1] == WEBP_SIDE
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(client, chunked):
     content = b'{"class": 1, "format": "' + b"x" * 5000
@@ -189,10 +212,13 @@ def test_no_request_that_its_own_description_suggests_fails_it(server):
     answer that is not described."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     tried = []
-    operation = schema["/v1/images"]["POST"]
-    for mode in schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE:
+    positive, negative = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+    asked = [("/v1/images", "POST", positive), ("/v1/images", "POST", negative)]
+    asked += [(path, "GET", positive) for path in ("/healthz", "/readyz", "/metrics")]
+    assert {path for path, _, _ in asked} == set(schema)
+    for path, method, mode in asked:
 
-        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+        @hypothesis.given(case=schema[path][method].as_strategy(generation_mode=mode))
         @hypothesis.settings(
             max_examples=40,
             deadline=None,
@@ -284,7 +310,7 @@ def test_sigterm_finishes_what_was_accepted(bundle, tmp_path):
         assert server.records()[-1]["message"].startswith("Finished server process")
 
 
-@pytest.mark.parametrize("kind", ["link", "file"])
+@pytest.mark.parametrize("kind", ["link", "file", "registry"])
 def test_a_newly_promoted_model_takes_over_without_losing_a_request(bundle, tmp_path, kind):
     """Clients ask all the while; each answer is the old model's image or the new one's, as it says itself."""
     other = make_bundle(tmp_path / "other", scale=1.5)
@@ -329,9 +355,25 @@ def test_a_newly_promoted_model_takes_over_without_losing_a_request(bundle, tmp_
         assert any("not a bundle's manifest" in record.get("error", "") for record in server.records())
 
 
+def test_before_the_first_promotion_there_is_nothing_to_serve(tmp_path, capsys):
+    (tmp_path / "registry.json").write_text('{"current": null, "versions": {}, "history": []}')
+    assert main(["serve", str(tmp_path)]) == 1
+    assert "nothing is in production yet: ddops promote --reason WHY" in capsys.readouterr().err
+    (tmp_path / "registry.json").write_text("{")
+    assert main(["serve", str(tmp_path)]) == 1
+    assert "registry.json: damaged" in capsys.readouterr().err
+
+
 def promote(place, bundle, kind):
     """As a promotion does it: the new one takes the old one's place at once."""
     draft = place.with_name("draft")
+    if kind == "registry":
+        place.mkdir(exist_ok=True)
+        registry = Registry.load(place / "registry.json")
+        version = registry.next_version()
+        (place / version).symlink_to(bundle)
+        registry.promote(version, {"files": [str(bundle)]}, by="Ada", reason="it is better")
+        return
     if kind == "link":
         draft.symlink_to(bundle)
     else:

@@ -20,9 +20,10 @@ def register(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a bundle over HTTP",
-        description="Serve a bundle: `ddops serve artifacts/bundle`. A directory, a link to one, or a file that names "
-        f"one; it is watched, and a newer bundle takes over without losing a request. The environment's {TOKEN}, or "
-        "--token-file, makes /v1/images ask for a bearer token. Needs ddops[serve].",
+        description="Serve a bundle: `ddops serve artifacts/bundle`. A directory, a link to one, a file that names "
+        "one, or `production`, where ddops promote says which; it is watched, and a newer bundle takes over without "
+        f"losing a request. The environment's {TOKEN}, or --token-file, makes /v1/images ask for a bearer token. Needs "
+        "ddops[serve].",
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")

@@ -40,6 +40,8 @@ log = logging.getLogger("ddops.serving")
 RETRY_STARTING: Final = 2
 """Seconds after which to ask again a server that is still loading its model."""
 IMAGE_TYPES: Final = {"png": "image/png", "webp": "image/webp"}
+WEBP_SIDE: Final = 16_383
+"""Pixels that the format can say."""
 
 bearer = HTTPBearer(auto_error=False, description="Needed where the server was started with a token")
 
@@ -92,6 +94,8 @@ class Service:
         facts = model.manifest.model
         if request.count > settings.max_count:
             raise HTTPException(422, f"count: this server draws at most {settings.max_count} images a request")
+        if request.format == "webp" and request.count * facts.image_size > WEBP_SIDE:
+            raise HTTPException(422, f"count: {request.count} images are wider than a webp's {WEBP_SIDE} pixels")
         label = self._label(request, facts)
         seed = secrets.randbelow(LARGEST_SEED + 1) if request.seed is None else request.seed
         draws = [Draw(seed, index, label) for index in range(request.count)]

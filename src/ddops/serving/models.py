@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ddops.evaluation.production import Registry
 from ddops.export.errors import BundleError
 from ddops.export.manifest import MANIFEST, Manifest, read_manifest
 from ddops.inference.backends import load_backend
@@ -19,6 +20,7 @@ from ddops.inference.seeds import Draw, Pixels, condition_of, noise_of, to_pixel
 from ddops.serving.batcher import Batcher
 from ddops.serving.metrics import Metrics
 from ddops.serving.settings import ServeSettings
+from ddops.stages.paths import PRODUCTION
 
 log = logging.getLogger("ddops.serving")
 
@@ -36,13 +38,19 @@ class ServedModel:
 
 
 def find_bundle(place: Path) -> Path:
-    """The bundle that ``place`` stands for now: a directory, a link to one, or a file that names one.
+    """The bundle that ``place`` stands for now: a directory, a link to one, a file that names one, or a directory with
+    the registry of ``ddops promote``, whose current version is meant.
 
     Raises:
-        NoBundle: there is none.
+        NoBundle: there is none. RegistryError: the registry is damaged.
     """
     directory = place
-    if place.is_file():
+    if (place / PRODUCTION.name).is_file():
+        registry = Registry.load(place / PRODUCTION.name)
+        if registry.current is None:
+            raise NoBundle(f"{place}: nothing is in production yet: ddops promote --reason WHY")
+        directory = place / registry.current
+    elif place.is_file():
         directory = place.parent / place.read_text().strip()
     directory = directory.resolve()
     if not (directory / MANIFEST).is_file():
@@ -88,12 +96,14 @@ class ModelSlot:
 
     async def watch(self) -> None:
         """Refresh from time to time, for ever."""
+        told = ""
         while True:
             await asyncio.sleep(self._settings.reload_every_s)
             try:
                 await self.refresh()
-            except NoBundle:
-                continue  # it is just being replaced
+            except NoBundle as missing:  # it is just being replaced; or its files are not here yet, which is said once
+                if str(missing) != told:
+                    log.warning("the model stays", extra={"reason": (told := str(missing))})
             except Exception as error:  # a bundle that fails must not take down the one that works
                 self._metrics.reload_failures.inc()
                 log.error("the new bundle is not served", extra={"error": str(error)})

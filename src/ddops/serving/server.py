@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 from pathlib import Path
 from types import FrameType
@@ -63,7 +64,7 @@ def serve(place: Path, settings: ServeSettings, *, host: str, port: int, token: 
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
         h11_max_incomplete_event_size=32_768,
     )
     DrainingServer(config, service).run()
