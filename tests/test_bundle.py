@@ -14,17 +14,14 @@ import torch
 from ddops.cli import main
 from ddops.config.load import compose, write_params
 from ddops.config.models import HeadConfig
-from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.bundle import Sources, write_bundle
-from ddops.export.engines import build_engines
 from ddops.export.errors import BundleError, ExportError
-from ddops.export.manifest import EngineFacts, read_manifest, write_manifest
-from ddops.export.provenance import dvc_md5, provenance
-from ddops.export.tensorrt import Machine, choose_engine, library_version, targets
+from ddops.export.manifest import read_manifest, write_manifest
+from ddops.export.provenance import dvc_md5, judged, provenance
+from ddops.files import sha256_file
 from ddops.inference import OneStepPipeline, backends
 from ddops.inference.seeds import to_pixels
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
-from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from ddops.models.weights_dd2 import as_backbone, save_generator
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
@@ -75,8 +72,9 @@ def test_more_steps_in_pytorch_and_a_refusal_where_the_graph_has_one(bundle, pip
     assert np.abs(pixels(two, [3, 7], seed=2, steps=2) - expected([3, 7], 2, (0, 2))).max() <= 1
     with pytest.raises(BundleError, match=r"2 steps: the exported graph takes 1; use backend torch, or export"):
         pipe([3], steps=2)
-    with pytest.raises(BundleError, match="3 steps: this student takes 1 to 2"):
-        two([3], steps=3)
+    for steps in (0, 3):
+        with pytest.raises(BundleError, match=f"{steps} steps: this student takes 1 to 2"):
+            two([3], steps=steps)
 
 
 def test_in_bfloat16_the_images_stay_what_they_are_but_for_rounding(bundle):
@@ -105,6 +103,17 @@ def test_an_image_depends_on_its_seed_place_and_label_alone(pipe):
     assert np.abs(pixels(pipe, [9, 9, 3], seed=5)[2] - together[2]).max() <= 1
     assert np.abs(pixels(pipe, [1, 1], seed=[5, 6])[0] - together[0]).max() <= 1
     assert np.abs(pixels(pipe, [1, 2], seed=6)[1] - together[1]).max() > 20
+    assert np.array_equal(pixels(pipe, np.array(labels), seed=np.uint64(5)), together)
+
+
+def test_a_device_that_is_not_there_leaves_the_pipeline_where_it_was(bundle):
+    pipe = OneStepPipeline.from_pretrained(bundle, backend="torch")
+    before = pixels(pipe, [1])
+    with pytest.raises(BundleError, match="PyTorch cannot use device 'cuda' here"):
+        pipe.to("cuda")
+    assert np.array_equal(pixels(pipe, [1]), before)
+    assert pipe.to("cpu") is pipe
+    assert np.array_equal(pixels(pipe, [1]), before)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +124,7 @@ def test_an_image_depends_on_its_seed_place_and_label_alone(pipe):
         ({"class_labels": [1], "seed": -1}, "a seed is an integer in"),
         ({"class_labels": [1], "seed": 2**64}, "a seed is an integer in"),
         ({"class_labels": [1, 2], "seed": [1]}, "1 seeds for 2 images"),
+        ({"class_labels": "37"}, "a list"),
     ],
 )
 def test_a_wrong_request_is_explained(pipe, arguments, message):
@@ -128,6 +138,8 @@ def test_a_wrong_request_is_explained(pipe, arguments, message):
         ({"backend": "tensorflow"}, "no backend 'tensorflow'; valid: torch, onnx, tensorrt"),
         ({"device": "tpu"}, "no device 'tpu' for ONNX Runtime; valid: cpu, cuda"),
         ({"device": "cuda"}, r"pip install 'ddops\[gpu\]'"),
+        ({"backend": "torch", "device": "cuda"}, "PyTorch cannot use device 'cuda' here"),
+        ({"backend": "torch", "device": "tpu"}, "PyTorch cannot use device 'tpu' here"),
     ],
 )
 def test_a_wrong_backend_or_device_is_explained(bundle, options, message):
@@ -145,6 +157,16 @@ def test_the_manifest_and_the_models_metadata_say_where_it_comes_from(bundle):
     assert {entry.key: entry.value for entry in model.metadata_props} == FACTS
     assert (manifest.model.length, manifest.model.code_dim, manifest.model.image_size) == (16, 8, 8)
     assert (manifest.model.steps, manifest.model.start_positions) == (1, (0, 2))
+
+
+def test_figures_of_another_student_are_not_named(tmp_path):
+    export, metrics = tiny("llamagen").export, tmp_path / "metrics.json"
+    assert judged(metrics, export, "ab") == {}
+    metrics.write_text(json.dumps({"protocol": {"name": "digits"}, "models": {"dd2": "ab"}, "dd2_1step": {"fid": 2}}))
+    export = dataclasses.replace(export, student="dd2")
+    assert judged(metrics, export, "ab") == {"ddops.protocol": "digits", "ddops.fid": "2.0000"}
+    assert judged(metrics, export, "cd") == {}
+    assert judged(metrics, dataclasses.replace(export, steps=2), "ab") == {}
 
 
 def test_provenance_names_preset_commit_weights_and_licence(tmp_path):
@@ -217,117 +239,6 @@ def test_what_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path):
         OneStepPipeline.from_pretrained(tmp_path / "nowhere" / "at all")
 
 
-# engines
-
-
-@pytest.fixture(scope="module")
-def engines(bundle, tmp_path_factory):
-    """The bundle with TensorRT-RTX engines, built for real and without a GPU."""
-    directory = tmp_path_factory.mktemp("engines") / "bundle"
-    phases = []
-    profile = ProfileConfig(min=1, opt=4, max=8)
-    config = EngineConfig(flavour="tensorrt_rtx", targets=("89", "portable"), profile=profile)
-    reports = build_engines(bundle, directory, config, None, lambda *phase: phases.append(phase))
-    return directory, reports, phases
-
-
-def test_engines_are_built_without_a_gpu_and_recorded(engines, bundle):
-    directory, reports, phases = engines
-    manifest = read_manifest(directory)
-    assert [engine.target for engine in manifest.engines] == ["89", "portable"]
-    for engine, report in zip(manifest.engines, reports, strict=True):
-        assert engine.onnx_sha256 == read_manifest(bundle).onnx.sha256
-        assert engine.version == library_version("tensorrt_rtx")
-        assert (directory / engine.file).stat().st_size == report.bytes > 100_000
-        assert report.seconds > 0
-    assert {done for _, done, _ in phases} > {0, 1}
-    assert np.array_equal(
-        pixels(OneStepPipeline.from_pretrained(directory), [4]), pixels(OneStepPipeline.from_pretrained(bundle), [4])
-    )
-
-
-def test_an_engine_of_the_other_family_is_built(tmp_path):
-    """Its mask and its scales make other operations, in half precision as full-size models are exported."""
-    teacher, student = untrained("var")
-    model = tiny("var").teacher.model
-    save_weights(tmp_path / "student", student.state_dict(), model, STUDENT)
-    save_weights(tmp_path / "tokenizer", teacher.tokenizer.state_dict(), model, TOKENIZER)
-    export = dataclasses.replace(
-        tiny("var").export, precision="float16", parity_count=2, tolerance=None, min_psnr=20.0, min_equal_tokens=0.5
-    )
-    sources = Sources(tmp_path / "student", tmp_path / "tokenizer", (0, 2), 2)
-    bundle = tmp_path / "bundle"
-    write_bundle(bundle, sources, export, FACTS)
-    config = EngineConfig(flavour="tensorrt_rtx", targets=("89",), profile=ProfileConfig(min=1, opt=2, max=4))
-    (report,) = build_engines(bundle, bundle, config, None, lambda *phase: None)
-    assert report.bytes > 100_000
-
-
-def test_building_again_keeps_the_other_engines(engines, tmp_path):
-    directory = shutil.copytree(engines[0], tmp_path / "copy")
-    config = EngineConfig(flavour="tensorrt_rtx", targets=("120",), profile=ProfileConfig(min=1, opt=2, max=2))
-    build_engines(directory, directory, config, None, lambda *phase: None)
-    assert [engine.target for engine in read_manifest(directory).engines] == ["89", "portable", "120"]
-
-
-def test_a_target_that_the_library_does_not_know_lists_those_it_does(bundle, tmp_path):
-    config = EngineConfig(flavour="tensorrt_rtx", targets=("90",), profile=ProfileConfig(min=1, opt=2, max=2))
-    with pytest.raises(ExportError, match=r"builds for portable, current, .*89.*, not for '90'"):
-        build_engines(bundle, tmp_path / "out", config, None, lambda *phase: None)
-    assert "90" not in targets("tensorrt_rtx")
-
-
-def test_a_missing_library_names_its_extra(bundle, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    config = EngineConfig(flavour="tensorrt", targets=("current",), profile=ProfileConfig(min=1, opt=2, max=2))
-    with pytest.raises(BundleError, match=r"engine\.flavour tensorrt needs .*pip install 'ddops\[gpu\]'"):
-        build_engines(bundle, tmp_path / "out", config, None, lambda *phase: None)
-
-
-def machine(capability="89", version=None):
-    return Machine("tensorrt_rtx", version or library_version("tensorrt_rtx"), capability)
-
-
-def test_the_engine_for_just_this_gpu_comes_before_the_portable_one(engines):
-    manifest = read_manifest(engines[0])
-    assert choose_engine(manifest, machine("89")).target == "89"
-    assert choose_engine(manifest, machine("86")).target == "portable"
-
-
-@pytest.mark.parametrize(
-    ("here", "change", "reason"),
-    [
-        (machine("120"), {}, "built for compute capability 89, this GPU has 120"),
-        (machine("89", "9.9.9"), {}, "built by tensorrt_rtx .*, here is 9.9.9"),
-        (machine("89"), {"onnx_sha256": "0" * 64}, r"built from another graph \(ONNX sha256 000000000000"),
-    ],
-    ids=["GPU", "version", "graph"],
-)
-def test_an_engine_that_does_not_fit_is_refused_by_name_with_the_cure(engines, here, change, reason):
-    manifest = read_manifest(engines[0])
-    (engine,) = (engine for engine in manifest.engines if engine.target == "89")
-    manifest = dataclasses.replace(manifest, engines=(dataclasses.replace(engine, **change),))
-    with pytest.raises(
-        BundleError, match=rf"engines/tensorrt_rtx-sm89\.engine: {reason}.*ddops engine BUNDLE"
-    ) as error:
-        choose_engine(manifest, here)
-    assert f"--target {here.compute_capability}" in str(error.value)
-
-
-def test_without_a_gpu_the_engine_backend_says_so(engines):
-    with pytest.raises(BundleError, match="no GPU is visible here, and engines run on one only; use --backend onnx"):
-        OneStepPipeline.from_pretrained(engines[0], backend="tensorrt")
-    with pytest.raises(BundleError, match="has no engine for tensorrt_rtx; build one: ddops engine BUNDLE"):
-        choose_engine(dataclasses.replace(read_manifest(engines[0]), engines=()), machine())
-
-
-def test_an_engines_entry_is_checked_when_it_is_read(engines):
-    entry = read_manifest(engines[0]).engines[0]
-    assert isinstance(entry, EngineFacts)
-    with pytest.raises(ValueError, match="must not decrease"):
-        ProfileConfig(min=4, opt=2, max=8)
-
-
 STUDENTS = {"dd1": "dd1/student", "dd2": "dd2/generator"}
 
 
@@ -348,6 +259,10 @@ def test_the_command_exports_a_workspace(tmp_path, capsys, student):
         "export.max_fid_loss=null",
     ]
     write_params(compose(PARAMS, overrides), workspace / "params.yaml")
+    weights = workspace / "artifacts" / f"{STUDENTS[student]}.safetensors"
+    figures = {"protocol": {"name": "digits"}, "models": {student: sha256_file(weights)}}
+    (workspace / "reports").mkdir()
+    (workspace / "reports/metrics.json").write_text(json.dumps({**figures, f"{student}_2step": {"fid": 7.5}}))
     arguments = ["export", str(workspace), "--output", str(tmp_path / "out"), "--steps", "2", "--precision", "float16"]
     assert main([*arguments, "--target", "89"]) == 0
     said = capsys.readouterr().out
@@ -356,8 +271,18 @@ def test_the_command_exports_a_workspace(tmp_path, capsys, student):
     manifest = read_manifest(tmp_path / "out")
     assert (manifest.model.steps, manifest.onnx.precision, manifest.engines[0].precision) == (2, "float16", "float16")
     assert manifest.facts["ddops.student"] == student
-    assert main([*arguments[:-3], "9"]) == 1
-    assert "--steps 9: dd1.start_positions (0, 2) allow 1 to 2" in capsys.readouterr().err
+    assert (manifest.facts["ddops.protocol"], manifest.facts["ddops.fid"]) == ("digits", "7.5000")
+    for wrong, message in (
+        (["--steps", "9"], "--steps 9: dd1.start_positions (0, 2) allow 1 to 2"),
+        (["--target", "90"], "builds for portable, current"),
+        (["--max-batch", "0"], "--max-batch 0: at least 1"),
+    ):
+        assert main([*arguments[:4], *wrong]) == 1
+        assert message in capsys.readouterr().err
+    copy = ["engine", str(tmp_path / "out"), "--output", str(tmp_path / "copy"), "--target", "120"]
+    assert main([*copy, "--max-batch", "2"]) == 0
+    assert [engine.target for engine in read_manifest(tmp_path / "copy").engines] == ["89", "120"]
+    assert read_manifest(tmp_path / "out") == manifest, "it stays as it was"
 
 
 def test_from_the_hub(bundle, tmp_path, monkeypatch):

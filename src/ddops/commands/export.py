@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ddops.commands.arguments import CommandError, Subparsers, add_params
 from ddops.commands.workspace import find_workspace
 from ddops.stages import paths
+
+if TYPE_CHECKING:
+    from ddops.config.stages import EngineConfig
 
 BOUNDS: Final[dict[str, dict[str, Any]]] = {
     "float32": {},
@@ -43,6 +46,7 @@ def register(commands: Subparsers) -> None:
         "a GPU.",
     )
     building.add_argument("bundle", type=Path)
+    building.add_argument("--output", type=Path, metavar="DIR", help="another bundle, with them; default: the same")
     _add_engine_arguments(building)
     building.add_argument(
         "--verify", action="store_true", help="compare the images of the engine that fits this GPU with PyTorch's"
@@ -69,9 +73,10 @@ def run_export(arguments: argparse.Namespace) -> None:
     export = replace(export, steps=steps)
     if arguments.precision not in (None, export.precision):
         export = replace(export, precision=arguments.precision, **BOUNDS[arguments.precision])
+    engines = _engines(arguments)
 
     from ddops.export.bundle import find_sources, write_bundle
-    from ddops.export.provenance import provenance
+    from ddops.export.provenance import judged, provenance
 
     sources = find_sources(
         workspace.student,
@@ -82,23 +87,25 @@ def run_export(arguments: argparse.Namespace) -> None:
         export,
     )
     facts = provenance(config.preset, export, workspace.student, workspace.root / "dvc.lock")
+    facts |= judged(workspace.root / paths.METRICS, export, facts["ddops.student_sha256"])
     parity = write_bundle(arguments.output, sources, export, facts)
     print(
         f"{arguments.output}: {config.preset}, {steps} step{'s' if steps > 1 else ''}, {export.precision}; against "
         f"PyTorch: largest difference {parity.largest:.2g}, PSNR {parity.psnr:.0f} dB, "
         f"equal tokens {parity.equal_tokens:.1%}"
     )
-    _build(arguments.output, arguments)
+    _build(arguments.output, arguments.output, engines)
 
 
 def run_engine(arguments: argparse.Namespace) -> None:
     """Build the engines, verify the one that fits this GPU."""
     if not (arguments.target or arguments.verify):
         raise CommandError("ddops engine: give a --target to build for, or --verify")
+    output = arguments.output or arguments.bundle
     if arguments.target:
-        _build(arguments.bundle, arguments)
+        _build(arguments.bundle, output, _engines(arguments))
     if arguments.verify:
-        _verify(arguments.bundle)
+        _verify(output)
 
 
 def _verify(bundle: Path) -> None:
@@ -115,14 +122,25 @@ def _verify(bundle: Path) -> None:
     )
 
 
-def _build(bundle: Path, arguments: argparse.Namespace) -> None:
+def _engines(arguments: argparse.Namespace) -> EngineConfig:
+    """What to build. A library or target that is not here shows before an export of minutes, not after it."""
     from ddops.config.stages import EngineConfig, ProfileConfig
+    from ddops.export.tensorrt import require_target
+
+    if arguments.max_batch < 1:
+        raise CommandError(f"--max-batch {arguments.max_batch}: at least 1")
+    for target in arguments.target:
+        require_target(arguments.flavour, target)
+    profile = ProfileConfig(min=1, opt=min(8, arguments.max_batch), max=arguments.max_batch)
+    return EngineConfig(flavour=arguments.flavour, targets=tuple(arguments.target), profile=profile)
+
+
+def _build(source: Path, target: Path, config: EngineConfig) -> None:
     from ddops.export.engines import build_engines
     from ddops.export.progress import phase_bar
 
-    profile = ProfileConfig(min=1, opt=min(8, arguments.max_batch), max=arguments.max_batch)
-    config = EngineConfig(flavour=arguments.flavour, targets=tuple(arguments.target), profile=profile)
-    cache = Path(".ddops/state") / f"{arguments.flavour}.timing"
+    cache = Path(".ddops/state") / f"{config.flavour}.timing"
     with phase_bar("engine") as report:
-        for built in build_engines(bundle, bundle, config, cache, report):
-            print(f"{bundle}: engine for {built.target}, {built.bytes / 2**20:.0f} MiB, {built.seconds:.1f} s")
+        reports = build_engines(source, target, config, cache, report)
+    for built in reports:
+        print(f"{target}: engine for {built.target}, {built.bytes / 2**20:.0f} MiB, {built.seconds:.1f} s")

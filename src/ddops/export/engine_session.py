@@ -52,7 +52,7 @@ class EngineSession:
             self._context.set_tensor_address(OUTPUT_NAME, self._images_BIHW.data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise BundleError(f"{self.facts.file}: the engine failed to run")
-            images: NDArray[np.float32] = self._images_BIHW[:batch].cpu().numpy()
+            images: NDArray[np.float32] = self._images_BIHW[:batch].to("cpu", copy=True).numpy()
         return images
 
     def _feed(self, name: str, buffer: Tensor, values: NDArray[Any]) -> None:

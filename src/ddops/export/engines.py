@@ -18,7 +18,8 @@ def build_engines(
     """Write the bundle ``source`` to ``target`` (which may be the same), with a Triton model repository and the engines
     that ``config`` asks for.
 
-    Engines of ``source`` for other targets are kept. The manifest comes last.
+    Engines of ``source`` for other targets are kept, and so is each that was built when a later one fails: the manifest
+    comes last, and vouches for what there is.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -29,17 +30,19 @@ def build_engines(
     if not (target.exists() and source.samefile(target)):
         copy_bundle(source, target, manifest)
     reports, engines = [], {engine.file: engine for engine in manifest.engines}
-    for name in config.targets:
-        file = target / engine_name(config.flavour, name)
-        reports.append(
-            build_engine(
-                target / MODEL, file, manifest.model, config.profile, config.flavour, name, timing_cache, report
+    try:
+        for name in config.targets:
+            file = target / engine_name(config.flavour, name)
+            reports.append(
+                build_engine(
+                    target / MODEL, file, manifest.model, config.profile, config.flavour, name, timing_cache, report
+                )
             )
-        )
-        facts = describe_engine(target, manifest, config.flavour, name, config.profile)
-        engines[facts.file] = facts
-    manifest = dataclasses.replace(manifest, engines=tuple(engines.values()))
-    (target / MANIFEST).unlink()
-    triton = write_model_repository(target, manifest, config.profile)
-    write_manifest(target, dataclasses.replace(manifest, files={**manifest.files, **triton}))
+            facts = describe_engine(target, manifest, config.flavour, name, config.profile)
+            engines[facts.file] = facts
+    finally:
+        manifest = dataclasses.replace(manifest, engines=tuple(engines.values()))
+        (target / MANIFEST).unlink()
+        triton = write_model_repository(target, manifest, config.profile)
+        write_manifest(target, dataclasses.replace(manifest, files={**manifest.files, **triton}))
     return reports

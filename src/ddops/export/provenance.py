@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ def provenance(preset: str, export: ExportConfig, student: Path, lock: Path = Pa
         "ddops.dvc_md5": dvc_md5(student.parent, lock),
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def judged(metrics: Path, export: ExportConfig, student_sha256: str) -> dict[str, str]:
+    """Protocol and FID of the student's row; nothing where there are no figures, or they are of another student."""
+    if not metrics.is_file():
+        return {}
+    figures: dict[str, Any] = json.loads(metrics.read_text())
+    if figures["models"].get(export.student) != student_sha256 or export.row not in figures:
+        return {}
+    return {"ddops.protocol": figures["protocol"]["name"], "ddops.fid": f"{figures[export.row]['fid']:.4f}"}
 
 
 def git_commit(directory: Path) -> str | None:

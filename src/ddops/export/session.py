@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,14 @@ def open_session(
 def _provider(device: str) -> str:
     if device not in PROVIDERS:
         raise BundleError(f"no device {device!r} for ONNX Runtime; valid: {', '.join(PROVIDERS)}")
-    if PROVIDERS[device] not in onnxruntime.get_available_providers():
-        raise MissingExtra(f"ONNX Runtime on {device}", "gpu", ImportError(f"no {PROVIDERS[device]}"))
-    return PROVIDERS[device]
+    if PROVIDERS[device] in onnxruntime.get_available_providers():
+        return PROVIDERS[device]
+    if any(metadata.distributions(name="onnxruntime-gpu")):
+        raise BundleError(
+            f"ONNX Runtime has no {PROVIDERS[device]}, though onnxruntime-gpu is installed: onnxruntime was written "
+            "over it, into the same directory. pip install --force-reinstall --no-deps onnxruntime-gpu"
+        )
+    raise MissingExtra(f"ONNX Runtime on {device}", "gpu", ImportError(f"no {PROVIDERS[device]}"))
 
 
 def run_session(

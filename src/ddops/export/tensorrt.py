@@ -81,6 +81,15 @@ def targets(flavour: Flavour) -> list[str]:
     return [PORTABLE, CURRENT, *sorted((name[2:] for name in names if name.startswith("SM")), key=int)]
 
 
+def require_target(flavour: Flavour, target: str) -> None:
+    """Raises:
+    ExportError: the flavour does not build for ``target``; says for what it does. MissingExtra: it is not installed.
+    """
+    import_flavour(flavour)
+    if target not in (known := targets(flavour)):
+        raise ExportError(f"engine.targets: {flavour} builds for {', '.join(known)}, not for {target!r}")
+
+
 def build_engine(
     onnx_path: Path,
     engine_path: Path,
@@ -100,9 +109,8 @@ def build_engine(
         ExportError: the target is not one of this flavour's, or the library refuses the graph; with its reasons.
         MissingExtra: the library is not installed.
     """
+    require_target(flavour, target)
     trt = import_flavour(flavour)
-    if target not in (known := targets(flavour)):
-        raise ExportError(f"engine.targets: {flavour} builds for {', '.join(known)}, not for {target!r}")
     started = time.perf_counter()
     logger = _make_logger(trt)
     builder = trt.Builder(logger)
@@ -123,7 +131,7 @@ def build_engine(
         temporary.write_bytes(memoryview(engine))
     if cache is not None and timing_cache is not None:
         with atomic_path(timing_cache) as temporary:
-            temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            temporary.write_bytes(memoryview(cache.serialize()))
     del monitor  # TensorRT asks that it outlives the build
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return BuildReport(target, time.perf_counter() - started, engine_path.stat().st_size, peak)
@@ -175,9 +183,11 @@ def choose_engine(manifest: Manifest, machine: Machine) -> EngineFacts:
     Raises:
         BundleError: none fits; says for each why not, and how to build one that does.
     """
-    rebuild = f"ddops engine BUNDLE --flavour {machine.flavour} --target {machine.compute_capability or PORTABLE}"
     if machine.compute_capability is None:
-        raise BundleError(f"{machine.flavour}: no GPU is visible here, and engines run on one only; use --backend onnx")
+        raise BundleError(f"{machine.flavour}: no GPU is visible here, and engines run on one only; use backend onnx")
+    known = targets(machine.flavour)
+    target = next(each for each in (machine.compute_capability, PORTABLE, CURRENT) if each in known)
+    rebuild = f"ddops engine BUNDLE --flavour {machine.flavour} --target {target}"
     engines = [engine for engine in manifest.engines if engine.flavour == machine.flavour]
     if not engines:
         raise BundleError(f"the bundle has no engine for {machine.flavour}; build one: {rebuild}")
@@ -225,10 +235,13 @@ def _add_profile(builder: Any, config: Any, model: ModelFacts, profile: ProfileC
 
 
 def _attach_timing_cache(config: Any, path: Path | None) -> Any:
+    """The cache of ``path``; an empty one where there is none, or one of another GPU or version, which is no use."""
     if path is None:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 

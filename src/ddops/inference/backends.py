@@ -52,8 +52,14 @@ class TorchBackend(Backend):
         verify_files(directory, {name: manifest.files[name] for name in (STUDENT_FILE, TOKENIZER_FILE)})
         starts = manifest.model.start_positions[:steps]
         graph = load_graph(directory / STUDENT_FILE, directory / TOKENIZER_FILE, starts, manifest.model.logit_prefix)
-        self._torch, self._device, self._half = torch, torch.device(device), False
-        self._graph, self._model = graph.to(self._device), manifest.model
+        self._torch, self._half = torch, False
+        try:
+            self._device = torch.device(device)
+            self._graph = graph.to(self._device)
+        except (RuntimeError, AssertionError) as error:  # what PyTorch raises where it was built without CUDA
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"PyTorch cannot use device {device!r} here ({reason}); cpu is always there") from None
+        self._model = manifest.model
         if precision == "bfloat16":
             self._round_weights(directory)
 
@@ -161,7 +167,7 @@ def load_backend(
     model = manifest.model
     if model.noise != NOISE_VERSION:
         raise BundleError(f"the bundle's images are of noise {model.noise!r}, this ddops makes {NOISE_VERSION!r}")
-    device, steps = device or DEFAULT_DEVICE[name], steps or model.steps
+    device, steps = device or DEFAULT_DEVICE[name], model.steps if steps is None else steps
     if name == "torch":
         if not 1 <= steps <= len(model.start_positions):
             raise BundleError(f"{steps} steps: this student takes 1 to {len(model.start_positions)}")

@@ -33,7 +33,7 @@ def require_images(parity: Parity, manifest: Manifest, what: str) -> None:
     if not parity.psnr >= least:
         raise BundleError(
             f"{what} does not draw PyTorch's images: PSNR {parity.psnr:.1f} dB over {parity.images} images, "
-            f"{least:g} dB are asked for in {manifest.onnx.precision}; build it again, or serve with --backend onnx"
+            f"{least:g} dB are asked for in {manifest.onnx.precision}; build it again, or use backend onnx"
         )
 
 

@@ -9,6 +9,7 @@ pipe(prompt="a handwritten seven, slanted left").images[0]  # where the model dr
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,16 +111,16 @@ class OneStepPipeline:
         """
         facts = self.manifest.model
         labels = self._conditions(class_labels, prompt)
-        if isinstance(seed, int):
-            draws = [Draw(seed, index, label) for index, label in enumerate(labels)]
+        if isinstance(seed, int | np.integer):
+            draws = [Draw(operator.index(seed), index, label) for index, label in enumerate(labels)]
         elif len(seed) == len(labels):
-            draws = [Draw(one, 0, label) for one, label in zip(seed, labels, strict=True)]
+            draws = [Draw(operator.index(one), 0, label) for one, label in zip(seed, labels, strict=True)]
         else:
             raise ValueError(f"{len(seed)} seeds for {len(labels)} images; give one, or as many")
         for draw in draws:
             if not 0 <= draw.seed <= LARGEST_SEED:
                 raise ValueError(f"a seed is an integer in 0..2**64-1, got {draw.seed}")
-        backend = self._load(steps or facts.steps)
+        backend = self._load(facts.steps if steps is None else steps)
         size = min(batch_size, backend.max_batch or batch_size)
         images: list[Image.Image] = []
         for first in range(0, len(draws), size):
@@ -138,6 +139,8 @@ class OneStepPipeline:
         if facts.captions is None:
             if class_labels is None or prompt is not None:
                 raise ValueError("this model draws for class_labels, and for no prompt")
+            if isinstance(class_labels, str):
+                raise ValueError(f"class_labels is a list, got {class_labels!r}")
             return [class_number(str(label), facts.num_classes, facts.class_names or ()) for label in class_labels]
         if prompt is None or class_labels is not None:
             raise ValueError("this model draws for a prompt, and for no class_labels")
@@ -145,10 +148,14 @@ class OneStepPipeline:
         return [prompt] if isinstance(prompt, str) else prompt
 
     def to(self, device: str) -> OneStepPipeline:
-        """This pipeline on another device, e.g. ``cuda``."""
-        self.device = device
-        self._loaded.clear()
-        self._load(self.manifest.model.steps)
+        """This pipeline on another device, e.g. ``cuda``. Raises BundleError, and stays where it was, if it cannot."""
+        before, loaded = self.device, self._loaded
+        self.device, self._loaded = device, {}
+        try:
+            self._load(self.manifest.model.steps)
+        except BundleError:
+            self.device, self._loaded = before, loaded
+            raise
         return self
 
     def save_pretrained(self, directory: str | Path) -> None:
