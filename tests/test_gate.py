@@ -178,6 +178,25 @@ def test_an_override_serves_no_other_model_and_no_stale_figures() -> None:
     assert decided(override=override()).plain()["override"] is None, "an accepted model needs none"
 
 
+@pytest.mark.parametrize("value", [math.nan, None])
+def test_an_override_of_a_bound_is_none_of_a_figure_that_is_missing(value: object) -> None:
+    """It was given for a figure that was known."""
+    rules = {**STRICT, "near": GateRule(value="teacher.fid", relative_to="dd1_1step.fid", max=9.0)}
+    assert decided(rules=rules, override=override()).outcome == "overridden"
+    for missing in ("dd1_1step", "teacher"):
+        decision = decided({**METRICS, missing: {"fid": value}}, rules, override=override())
+        assert (decision.outcome, decision.overridable) == ("refused", False)
+
+
+def test_production_that_does_not_compare_can_be_overridden() -> None:
+    """Otherwise a new protocol could never be introduced."""
+    production = {"protocol": {**PROTOCOL, "asked_for": "2 samples a real image"}, "dd1_1step": {"fid": 9.0}}
+    assert decided(production=production).outcome == "refused"
+    assert decided(production=production, override=override()).outcome == "overridden"
+    missing = {**METRICS, "dd1_1step": {"fid": math.nan}}
+    assert decided(missing, {"no worse": RULES["no worse"]}, override(), production).outcome == "refused"
+
+
 # The stage
 
 
@@ -249,6 +268,16 @@ def test_an_override_by_command_is_for_the_refused_model_alone(
     values = compose(PARAMS, ["preset=smoke"])
     values["gate"]["rules"]["there is a figure"]["max"] = 0.1
     write_params(values, paths.PARAMS)
+    with pytest.raises(StageError, match="ddops override --reason WHY"):
+        run_gate()
+    figures = paths.METRICS.read_text()
+    paths.METRICS.write_text(figures.replace("3.0", "NaN"))
+    with pytest.raises(StageError, match=r"missing or not a number") as refusal:
+        run_gate()
+    assert "ddops override" not in str(refusal.value)
+    assert main(arguments) == 1
+    assert "dd2_1step.fid: missing or not a number, which cannot be overridden" in capsys.readouterr().err
+    paths.METRICS.write_text(figures)
     with pytest.raises(StageError, match="ddops override --reason WHY"):
         run_gate()
     assert main(arguments) == 0

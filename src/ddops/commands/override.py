@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"{paths.GATE_DECISION}: this model is {decision['outcome']}; there is nothing to override")
     if not all(check["passed"] for check in decision["checks"]):
         raise CommandError("the figures are not of this model: that cannot be overridden; run dvc repro evaluate")
+    if missing := [rule["quantity"] for rule in decision["rules"] if not rule.get("measured", True)]:
+        raise CommandError(f"{', '.join(missing)}: missing or not a number, which cannot be overridden: measure it")
     values = yaml.safe_load(paths.PARAMS.read_text())
     override = {
         "student_sha256": decision["student_sha256"],

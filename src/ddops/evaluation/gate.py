@@ -21,13 +21,16 @@ _COMPARED: Final = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """One rule's outcome. ``value`` is None where the metric is missing or not a finite number: that fails."""
+    """One rule's outcome. ``value`` is None where a metric is missing or no finite number, or production's does not
+    compare: that fails."""
 
     rule: str
     quantity: str
     value: float | None
     bound: str
     passed: bool
+    measured: bool = True
+    """Whether the figures that it needs are there and are numbers. Where not, there is nothing to override: measure."""
 
     def sentence(self) -> str:
         """For people: which rule, its value and bound, and by how much it failed."""
@@ -65,7 +68,12 @@ class Decision:
         if all(verdict.passed for verdict in self.verdicts):
             return "accepted"
         applies = self.override is not None and self.student_sha256.startswith(self.override.student_sha256)
-        return "overridden" if applies else "refused"
+        return "overridden" if applies and self.overridable else "refused"
+
+    @property
+    def overridable(self) -> bool:
+        """Whether only bounds were missed: all figures are there, and are of what is in hand."""
+        return all(check.passed for check in self.checks) and all(verdict.measured for verdict in self.verdicts)
 
     @property
     def passed(self) -> bool:
@@ -167,17 +175,18 @@ def _judge(
     value, quantity = _lookup(metrics, rule.value), rule.value
     bounds = [f"at most {rule.max:g}"] if rule.max is not None else []
     bounds += [f"at least {rule.min:g}"] if rule.min is not None else []
-    bound = " and ".join(bounds)
+    bound, measured = " and ".join(bounds), value is not None
     if rule.relative_to is not None:
         quantity = f"{rule.value} / {rule.relative_to}"
         base = None
         if rule.relative_to != PRODUCTION:
             base = _lookup(metrics, rule.relative_to)
+            measured = measured and bool(base)
         elif production is None:
-            return Verdict(name, quantity, value, f"{bound} (nothing is in production yet)", value is not None)
+            return Verdict(name, quantity, value, f"{bound} (nothing is in production yet)", measured, measured)
         elif different := comparable(metrics.get("protocol", {}), production.get("protocol", {})):
             reason = f"the model in production was judged by another protocol: {', '.join(different)}"
-            return Verdict(name, quantity, None, f"{bound} ({reason})", False)
+            return Verdict(name, quantity, None, f"{bound} ({reason})", False, measured)
         else:
             base = _lookup(production, stated.value)
         value = value / base if value is not None and base else None
@@ -186,7 +195,7 @@ def _judge(
         passed = passed and value <= rule.max
     if value is not None and rule.min is not None:
         passed = passed and value >= rule.min
-    return Verdict(name, quantity, value, bound + _distance(value, rule), passed)
+    return Verdict(name, quantity, value, bound + _distance(value, rule), passed, measured)
 
 
 def _resolve(quantity: str, row: str) -> str:
