@@ -100,6 +100,14 @@ def test_usable_prompts_are_read_and_the_others_counted_and_named(tmp_path, kind
     assert read(path, limit=1).texts == ["a cat"]
 
 
+@pytest.mark.parametrize(("name", "content"), [("p.txt", "a cat\na dog\n"), ("p.csv", "caption,n\na cat,1\na dog,2\n")])
+def test_a_byte_order_mark_is_no_part_of_the_prompts(tmp_path, name, content):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    found = read(tmp_path / name)
+    assert found.texts == ["a cat", "a dog"]
+    assert not found.bad
+
+
 def test_many_bad_rows_are_all_counted_and_the_first_named(tmp_path):
     (tmp_path / "p.txt").write_text("\n" * 50 + "a cat\n")
     bad = read(tmp_path / "p.txt").bad["empty"]
@@ -255,6 +263,18 @@ def test_shards_of_other_settings_are_made_again(tmp_path, encoder, change):
     prompts = [*PROMPTS[:4], "dog"] if change == "prompts" else PROMPTS
     config = settings(dtype="bfloat16") if change == "settings" else settings()
     assert encode_set(tmp_path, PromptSet(prompts), encoder, config, {"files": 2 if change == "encoder" else 1}) == 5
+
+
+@pytest.mark.parametrize("damage", ["alter", "cut", "misplace"])
+def test_a_damaged_shard_is_made_again_and_no_other(tmp_path, encoder, damage):
+    encode_set(tmp_path, PromptSet(PROMPTS), encoder, settings(), {})
+    whole = contents(tmp_path)
+    first, second = sorted(tmp_path.glob("shard*"))
+    content = second.read_bytes()
+    altered = {"alter": content[:-1] + bytes([content[-1] ^ 1]), "cut": content[:-1], "misplace": first.read_bytes()}
+    second.write_bytes(altered[damage])
+    assert encode_set(tmp_path, PromptSet(PROMPTS), encoder, settings(), {}) == 2
+    assert contents(tmp_path) == whole
 
 
 @pytest.mark.parametrize("file", ["shard-00001.safetensors", "prompts.txt"])

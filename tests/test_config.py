@@ -297,3 +297,13 @@ def test_a_stage_refuses_a_bad_file_in_plain_words_before_it_does_anything(tmp_p
     assert "features: params.yaml: features.training.stepz: unknown key; did you mean 'steps'?" in result.stderr
     assert "Traceback" not in result.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_prompts_of_ones_own_in_place_of_the_digits_are_added_with_two_pluses():
+    """The options of the two kinds of prompts have different keys."""
+    prompts = "{source: file, path: p.csv, column: caption, max_characters: 60, limit: null, sha256: null}"
+    both = [f"captions.sets.{name}={prompts}" for name in ("train", "evaluate")]
+    with pytest.raises(ConfigError, match=r"keys that these options do not have; put \+\+ before the override"):
+        compose(PARAMS, ["preset=digits_t2i", *both])
+    composed = compose(PARAMS, ["preset=digits_t2i", *(f"++{override}" for override in both)])
+    assert composed["captions"]["sets"]["evaluate"]["path"] == "p.csv"

@@ -1,4 +1,4 @@
-"""The data set under DVC: pushed from one clone, pulled into another, where training can start at once."""
+"""The data set under DVC: pushed from one clone, pulled into another, where training starts at once."""
 
 import subprocess
 import sys
@@ -17,7 +17,13 @@ from tiny import contents, tiny, untrained, write_tiny_params
 pytestmark = pytest.mark.pipeline
 
 ROOT = Path(__file__).parents[1]
-OVERRIDES = ("trajectories.count=40", "trajectories.shard_size=16", "trajectories.batch_size=8")
+OVERRIDES = (
+    *("trajectories.count=40", "trajectories.shard_size=16", "trajectories.batch_size=8"),
+    *("features.training.steps=4", "features.training.warmup_steps=1"),
+    *("dd1.training.steps=4", "dd1.training.warmup_steps=1", "dd1.training.batch_size=8", "dd1.evaluate_every=4"),
+    *("dd1.perceptual.batch_size=2", "dd1.evaluate_count=20"),
+)
+TRAINED_FROM = ("trajectories", "features")
 
 
 def run(directory, *command, **environment):
@@ -41,44 +47,60 @@ def commit(directory):
     run(directory, "git", *identity, "commit", "--quiet", "--message", "everything")
 
 
+def declared():
+    """The pipeline's stages up to the student, without their code: it is this checkout's."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    chosen = {name: stages[name] for name in (*TRAINED_FROM, "distill_dd1")}
+    for stage in chosen.values():
+        stage["deps"] = [path for path in stage["deps"] if not path.startswith("src/") and path != "data/captions"]
+    return {"stages": chosen}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A repository with the pipeline's stage `trajectories`, run by DVC on an untrained teacher."""
+    """A repository with an untrained teacher, from which DVC made the data set and the judge, but no student."""
     workspace = tmp_path_factory.mktemp("made") / "workspace"
     write_tiny_params(workspace, *OVERRIDES)
     config, (teacher, _) = tiny("llamagen"), untrained("llamagen")
     parts = {paths.TOKENIZER: (teacher.tokenizer, TOKENIZER), paths.TRANSFORMER: (teacher.transformer, TRANSFORMER)}
     for path, (module, kind) in parts.items():
         save_weights(workspace / path, module.state_dict(), config.teacher.model, kind)
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["trajectories"]
-    stage["deps"] = ["artifacts/teacher"]
-    (workspace / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"trajectories": stage}}))
-    (workspace / paths.TRAJECTORIES.parent).mkdir()
+    (workspace / "dvc.yaml").write_text(yaml.safe_dump(declared()))
+    for directory in (paths.TRAJECTORIES.parent, paths.CURVES):
+        (workspace / directory).mkdir(parents=True)
     run(workspace, "git", "init", "--quiet")
     run(workspace, "dvc", "init", "--quiet")
-    run(workspace, "dvc", "repro", "--quiet")
+    commit(workspace)
+    run(workspace, "dvc", "repro", "--quiet", *TRAINED_FROM)
     commit(workspace)
     return workspace
 
 
-def pull_into_a_clone(made, clone, **environment):
-    """Only what git and the remote hold reaches the clone."""
+def train_in_a_clone(made, clone, **environment):
+    """Only what git and the remote hold reaches the clone, and that is enough: the student is trained on the data set
+    that was pulled."""
     run(made, "git", "clone", "--quiet", ".", str(clone))
     assert not (clone / paths.TRAJECTORIES).exists()
-    run(clone, "dvc", "pull", "--quiet", "trajectories", **environment)
-    assert contents(clone / paths.TRAJECTORIES) == contents(made / paths.TRAJECTORIES)
-    dataset = TrajectoryDataset(clone / paths.TRAJECTORIES, 8)
-    assert len(dataset) == 40
+    run(clone, "dvc", "pull", "--quiet", *TRAINED_FROM, **environment)
+    pulled = contents(clone / paths.TRAJECTORIES)
+    assert pulled == contents(made / paths.TRAJECTORIES)
+    assert len(TrajectoryDataset(clone / paths.TRAJECTORIES, 8)) == 40
+    said = run(clone, "dvc", "repro", "distill_dd1")
+    assert "Stage 'trajectories' didn't change, skipping" in said
+    assert "Running stage 'distill_dd1'" in said
+    assert "Running stage 'trajectories'" not in said
+    assert contents(clone / paths.TRAJECTORIES) == pulled
+    assert (clone / paths.DD1_STUDENT).is_file()
 
 
-def test_a_fresh_clone_pulls_the_data_set_from_a_directory(made, tmp_path):
+def test_a_fresh_clone_trains_on_the_data_set_pulled_from_a_directory(made, tmp_path):
     run(made, "dvc", "remote", "add", "--force", "--default", "store", str(tmp_path / "store"))
-    run(made, "dvc", "push", "--quiet", "trajectories")
+    run(made, "dvc", "push", "--quiet", *TRAINED_FROM)
     commit(made)
-    pull_into_a_clone(made, tmp_path / "clone")
+    train_in_a_clone(made, tmp_path / "clone")
 
 
-def test_a_fresh_clone_pulls_the_data_set_from_an_s3_server(made, tmp_path):
+def test_a_fresh_clone_trains_on_the_data_set_pulled_from_an_s3_server(made, tmp_path):
     """moto speaks the S3 protocol on this machine; DVC reaches it as it would a real one."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -89,8 +111,8 @@ def test_a_fresh_clone_pulls_the_data_set_from_an_s3_server(made, tmp_path):
         run(tmp_path, sys.executable, "-c", code, **keys)
         run(made, "dvc", "remote", "add", "--force", "--default", "store", "s3://store/ddops")
         run(made, "dvc", "remote", "modify", "store", "endpointurl", f"http://{host}:{port}")
-        run(made, "dvc", "push", "--quiet", "trajectories", **keys)
+        run(made, "dvc", "push", "--quiet", *TRAINED_FROM, **keys)
         commit(made)
-        pull_into_a_clone(made, tmp_path / "clone", **keys)
+        train_in_a_clone(made, tmp_path / "clone", **keys)
     finally:
         server.stop()

@@ -54,7 +54,7 @@ SIZES = {
 OVERRIDES = [
     "preset=digits_t2i",
     "gate=smoke",
-    "evaluate.rows=[teacher,dd1_1step,dd1_2step,dd2_1step,onestep_class]",
+    "evaluate.rows=[teacher,teacher_flow,teacher_involved_3_8,skip_2,dd1_1step,dd1_2step,dd2_1step,onestep_class]",
     *(f"{section}.{key}={value}" for section, values in SIZES.items() for key, value in values.items()),
 ]
 
@@ -117,6 +117,8 @@ def test_prompts_of_ones_own_are_drawn(run, capsys):
     assert "2 images for a handwritten seven, a purple three" in capsys.readouterr().out
     assert main(["sample", ".", "--classes", "7", "--grid", "none.png"]) == 1
     assert "--prompt: this model draws for captions" in capsys.readouterr().err
+    assert main(["sample", ".", "--prompt", " ", "--grid", "none.png"]) == 1
+    assert "--prompt: empty" in capsys.readouterr().err
 
 
 def test_the_exported_graph_draws_prompts(run):

@@ -37,6 +37,8 @@ def test_a_papers_figure_stands_beside_its_own_protocol_alone():
     assert paper_figure(SPEEDUPS, "llamagen_l", "dd_50k", "dd1_1step") == 217.8
     assert paper_figure(FIDS, "var_d16", "adm_50k", "teacher") is None
     assert paper_figure(FIDS, "digits", "dd_50k", "teacher") is None
+    assert paper_figure(FIDS, "llamagen_xl_t2i_256", "t2i_30k", "dd1_2step") == 28.95
+    assert paper_figure(SPEEDUPS, "llamagen_xl_t2i_256", "dd_50k", "dd1_2step") is None
 
 
 def row(fid, seconds=1.0):

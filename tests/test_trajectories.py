@@ -1,7 +1,9 @@
 """The trajectory data set: what it holds, the same bytes after a kill as without one, and that damage is seen."""
 
 import atexit
+import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -34,7 +36,7 @@ from ddops.trajectories.generate import (
     trajectory_noise,
 )
 from ddops.trajectories.mappers import in_this_process
-from ddops.trajectories.shards import DatasetError, SettingsDiffer
+from ddops.trajectories.shards import DatasetError, SettingsDiffer, read_shard
 from ddops.trajectories.verify import problems
 from tiny import contents, kill_stage_in, tiny, untrained, write_tiny_params
 
@@ -82,6 +84,12 @@ def copy(tmp_path, complete):
     for name, content in contents(complete).items():
         (tmp_path / name).write_bytes(content)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A whole shard of another data set, in the third place."""
+    return make(tmp_path_factory.mktemp("foreign"), seed=99) / NAMES[2]
 
 
 def times(directory):
@@ -217,6 +225,24 @@ def test_generation_killed_with_sigkill_ends_with_the_same_bytes(tmp_path, monke
     assert all(times(directory)[name] == before[name] for name in NAMES[:2])
 
 
+def test_a_full_disk_names_the_file_and_leaves_whole_shards(tmp_path, complete, monkeypatch):
+    write, written = Path.write_bytes, []
+
+    def full_after_two(path, content):
+        written.append(path)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_after_two)
+        with pytest.raises(OSError, match=rf"No space left on device: '.*{NAMES[2]}'"):
+            make(tmp_path)
+    assert sorted(contents(tmp_path)) == NAMES[:2]
+    make(tmp_path)
+    assert contents(tmp_path) == contents(complete)
+
+
 def test_there_is_no_manifest_while_shards_change(copy, monkeypatch):
     """It would vouch for a mixture of old and new."""
     teacher, _ = untrained()
@@ -294,12 +320,30 @@ def test_another_teacher_or_guidance_refuses_to_mix(copy, complete):
     assert contents(copy) == contents(complete)
 
 
-def test_one_foreign_shard_is_named(copy, tmp_path_factory):
-    """Whole, but of another data set: not damage to be mended quietly."""
-    other = make(tmp_path_factory.mktemp("other"), seed=99)
-    (copy / NAMES[2]).write_bytes((other / NAMES[2]).read_bytes())
+def test_a_foreign_shard_in_a_complete_data_set_is_named_and_made_again_alone(copy, complete, foreign, caplog):
+    """The manifest says what belongs here."""
+    caplog.set_level(logging.INFO)
+    (copy / NAMES[2]).write_bytes(foreign.read_bytes())
+    before = times(copy)
+    make(copy)
+    after = times(copy)
+    assert f"making {NAMES[2]} again" in caplog.text
+    assert "made with other settings: seed 99, now 11" in caplog.text
+    assert contents(copy) == contents(complete)
+    assert [name for name in NAMES[:-1] if after[name] != before[name]] == [NAMES[2]]
+
+
+def test_a_foreign_shard_in_an_unfinished_data_set_is_refused_by_name(copy, complete, foreign):
+    """Without a manifest nobody knows which of the two data sets was meant: neither is touched."""
+    (copy / "manifest.json").unlink()
+    (copy / NAMES[2]).write_bytes(foreign.read_bytes())
+    before = times(copy)
     with pytest.raises(SettingsDiffer, match=rf"{NAMES[2]}: made with other settings: seed 99, now 11"):
         make(copy)
+    assert times(copy) == before
+    make(copy, anew=True)
+    assert contents(copy) == contents(complete)
+    assert [name for name in NAMES[:-1] if times(copy)[name] != before[name]] == [NAMES[2]]
 
 
 @pytest.mark.parametrize("changes", [changes for changes, _ in OTHER_SETTINGS], ids=str)
@@ -490,15 +534,21 @@ def test_a_container_s_limit_counts_and_workers_share(tmp_path, monkeypatch):
         memory.free_bytes(1)
 
 
-def test_an_automatic_batch_size_is_recorded_and_kept(tmp_path, monkeypatch):
+def test_an_automatic_batch_size_is_recorded_and_kept(tmp_path, complete, monkeypatch):
     """A later run with more memory goes on with the size of the shards that are there; one with less refuses to mix."""
-    sizes = iter([6, 100, 4])
+    sizes = iter([6, 100])
     monkeypatch.setattr(SavedTeacher, "fitting_batch", lambda self, workers, precision: next(sizes))
     assert job(tmp_path, batch_size="auto", count=12).settings["batch_size"] == 6
     make(tmp_path, batch_size=6, count=12)
     grown = job(tmp_path, batch_size="auto")
     assert grown.settings["batch_size"] == 6
     generate(grown)
+    # A stranger in the first place is not asked.
+    (tmp_path / NAMES[0]).write_bytes((complete / NAMES[0]).read_bytes())
+    monkeypatch.setattr(SavedTeacher, "fitting_batch", lambda self, workers, precision: 100)
+    generate(job(tmp_path, batch_size="auto"))
+    assert read_shard(tmp_path / NAMES[0]).settings["batch_size"] == 6
+    monkeypatch.setattr(SavedTeacher, "fitting_batch", lambda self, workers, precision: 4)
     with pytest.raises(SettingsDiffer, match="batch_size 6, now 4"):
         generate(job(tmp_path, batch_size="auto"))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,12 +93,14 @@ def sift(rows: Iterable[Row], max_characters: int, limit: int | None = None) -> 
 
 def _text_rows(path: Path, column: str) -> Iterator[Row]:
     with path.open("rb") as file:
-        yield from enumerate(file, start=1)
+        for number, line in enumerate(file, start=1):
+            yield number, line.removeprefix(BOM_UTF8) if number == 1 else line
 
 
 def _csv_rows(path: Path, column: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+    # "sig": without the byte order mark that spreadsheets write.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         try:
             reader = csv.DictReader(file)
             _require_column(path, column, reader.fieldnames or ())

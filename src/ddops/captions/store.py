@@ -1,12 +1,13 @@
 """A prompt set on disk: the encoded captions in shards, the prompts, and a manifest that is written last.
 
 A shard is a safetensors file with the ``features`` (tokens, W) of its captions, one after the other and without
-padding, and their ``lengths`` (n,). Its header names the settings that it was made with. Captions are padded on the
-left, as the released model was trained, when they are read.
+padding, and their ``lengths`` (n,). Its header names the settings that it was made with, and a seal, the hash of all
+of that. Captions are padded on the left, as the released model was trained, when they are read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,22 +96,29 @@ class CaptionList:
 def write_shard(path: Path, features: Sequence[Tensor], dtype: torch.dtype, fingerprint: str, first: int) -> None:
     """Write the captions ``first...`` atomically, each (n, W)."""
     lengths_N = torch.tensor([len(features_nW) for features_nW in features], dtype=torch.int32)
-    header = json.dumps({"fingerprint": fingerprint, "first": first}, sort_keys=True)
+    features_NW = torch.cat(list(features)).to(dtype)
+    header = json.dumps(_header(fingerprint, first, features_NW, lengths_N), sort_keys=True)
     with atomic_path(path) as temporary:
-        save_file({"features": torch.cat(list(features)).to(dtype), "lengths": lengths_N}, temporary, {_HEADER: header})
+        save_file({"features": features_NW, "lengths": lengths_N}, temporary, {_HEADER: header})
 
 
 def is_shard(path: Path, fingerprint: str, first: int, count: int) -> bool:
-    """Whether a file is the shard of these captions, made with these settings."""
+    """Whether a file is the shard of these captions, made with these settings, and whole."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
-            lengths_N = file.get_tensor("lengths")
-            tokens = file.get_slice("features").get_shape()[0]
+            features_NW, lengths_N = file.get_tensor("features"), file.get_tensor("lengths")
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
         return False
-    same = header == {"fingerprint": fingerprint, "first": first}
-    return same and len(lengths_N) == count and tokens == int(lengths_N.sum())
+    return len(lengths_N) == count and header == _header(fingerprint, first, features_NW, lengths_N)
+
+
+def _header(fingerprint: str, first: int, features_NW: Tensor, lengths_N: Tensor) -> dict[str, Any]:
+    facts = {"fingerprint": fingerprint, "first": first}
+    seal = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for part in (features_NW, lengths_N):
+        seal.update(part.contiguous().view(torch.uint8).numpy().data)
+    return {**facts, "seal": seal.hexdigest()}
 
 
 def write_manifest(

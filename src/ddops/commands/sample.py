@@ -81,6 +81,8 @@ def _conditions(arguments: argparse.Namespace, num_classes: int) -> list[int] | 
     if arguments.classes or not arguments.prompt:
         raise CommandError("--prompt: this model draws for captions, and for no classes")
     prompts: list[str] = arguments.prompt
+    if not all(map(str.strip, prompts)):
+        raise CommandError("--prompt: empty")
     return prompts
 
 

@@ -101,7 +101,7 @@ def _hydra_values(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _explain_unknown_keys(directory: Path, overrides: Sequence[str], source: str) -> None:
     """Hydra refuses to set a key that is not there yet, and says no more. Set it all the same ("++"), and validation
-    says which keys there are; returns where that has nothing to object to, and Hydra's own words will have to do."""
+    says which keys there are, or else that "++" was missing; returns where Hydra's own words will have to do."""
     forced = [
         override if override.startswith("~") or _is_group(directory, override) else f"++{override.lstrip('+')}"
         for override in overrides
@@ -111,6 +111,7 @@ def _explain_unknown_keys(directory: Path, overrides: Sequence[str], source: str
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError):
         return
     validate(values, source)
+    raise ConfigError(f"{source}: sets keys that these options do not have; put ++ before the override to add them")
 
 
 def _is_group(directory: Path, override: str) -> bool:

@@ -40,34 +40,34 @@ class Solution(NamedTuple):
 
 
 def solve_adaptive(
-    noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor, *, tolerance: float, evaluations: int
+    z_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor, *, tolerance: float, evaluations: int, from_r: float = 0.0
 ) -> Solution:
     """Follow each token until its code is decided, or ``evaluations`` are spent.
 
+    ``z_NC`` is where the tokens are at ``from_r``: the noise itself, unless another solver has brought them on.
     Codes that lie closer together than single precision can tell are told apart in double precision.
 
     ``tolerance`` is what a step's estimated error is steered to: the root-mean-square of z's correction (the noise's
     is 1) times the posterior's spread over the codebook's, so that an error counts while it can still change the code.
     """
-    found, blurred_N = _solve(noise_NC, log_p_NV, codebook_VC, tolerance, evaluations)
+    found, blurred_N = _solve(z_NC, from_r, log_p_NV, codebook_VC, tolerance, evaluations)
     index = blurred_N.nonzero()[:, 0]
-    if len(index) and noise_NC.dtype == torch.float32:
-        sharp, _ = _solve(
-            noise_NC[index].double(), log_p_NV[index].double(), codebook_VC.double(), tolerance, evaluations
-        )
+    if len(index) and z_NC.dtype == torch.float32:
+        doubled = z_NC[index].double(), from_r, log_p_NV[index].double(), codebook_VC.double()
+        sharp, _ = _solve(*doubled, tolerance, evaluations)
         found.ids_N[index] = sharp.ids_N
         found.evaluations_N[index] += sharp.evaluations_N
     return found
 
 
 def _solve(
-    noise_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor, tolerance: float, evaluations: int
+    z_NC: Tensor, from_r: float, log_p_NV: Tensor, codebook_VC: Tensor, tolerance: float, evaluations: int
 ) -> tuple[Solution, Tensor]:
     """The solution in the given precision, and a mask (N,) of the tokens that this precision cannot decide."""
     problem = _Problem.of(codebook_VC)
-    ids_N = torch.zeros(len(noise_NC), dtype=torch.long, device=noise_NC.device)
+    ids_N = torch.zeros(len(z_NC), dtype=torch.long, device=z_NC.device)
     found, blurred_N = Solution(ids_N, torch.ones_like(ids_N)), torch.zeros_like(ids_N, dtype=torch.bool)
-    tokens, leader_A, weight_A = _start(problem, noise_NC, log_p_NV, tolerance)
+    tokens, leader_A, weight_A = _start(problem, z_NC, from_r, log_p_NV, tolerance)
     first = True
     while True:
         decided_A, tested_A, twins_A = problem.decided(tokens, leader_A, weight_A)
@@ -104,19 +104,22 @@ class _Tokens:
         return type(self)(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
-def _start(problem: _Problem, noise_NC: Tensor, log_p_NV: Tensor, tolerance: float) -> tuple[_Tokens, Tensor, Tensor]:
-    """All tokens at r = 0, where the posterior is p; each token's likeliest code and its weight."""
-    zero_A1 = torch.zeros_like(noise_NC[:, :1])
-    mean_AC, _, leader_A, weight_A = problem.evaluate(noise_NC, zero_A1, log_p_NV)
+def _start(
+    problem: _Problem, z_NC: Tensor, from_r: float, log_p_NV: Tensor, tolerance: float
+) -> tuple[_Tokens, Tensor, Tensor]:
+    """All tokens at the first r (at 0 the posterior is p); each token's likeliest code and its weight."""
+    z_NC = z_NC - from_r * problem.centre_C
+    r_A1 = torch.full_like(z_NC[:, :1], from_r)
+    mean_AC, _, leader_A, weight_A = problem.evaluate(z_NC, r_A1, log_p_NV)
     tokens = _Tokens(
-        row_A=torch.arange(len(noise_NC), device=noise_NC.device),
+        row_A=torch.arange(len(z_NC), device=z_NC.device),
         log_p_AV=log_p_NV,
-        z_AC=noise_NC,
-        r_A1=zero_A1,
+        z_AC=z_NC,
+        r_A1=r_A1,
         mean_AC=mean_AC,
-        earlier_r_A1=zero_A1,
+        earlier_r_A1=r_A1,
         earlier_mean_AC=mean_AC,
-        step_A1=torch.full_like(zero_A1, problem.first_step(tolerance)),
+        step_A1=torch.full_like(r_A1, problem.first_step(tolerance)),
     )
     return tokens, leader_A, weight_A
 
@@ -159,6 +162,8 @@ def _step(problem: _Problem, tokens: _Tokens, tolerance: float, first: bool) -> 
 class _Problem:
     """The codebook, centred (the flow does not mind, rounding does), and what is computed from it once."""
 
+    centre_C: Tensor
+    """The mean of the codes; z moves with it, by r times as much."""
     codes_VC: Tensor
     half_norms_V: Tensor
     in_KV: Tensor
@@ -174,11 +179,13 @@ class _Problem:
 
     @classmethod
     def of(cls, codebook_VC: Tensor) -> Self:
-        codes_VC = codebook_VC - codebook_VC.mean(0)
+        centre_C = codebook_VC.mean(0)
+        codes_VC = codebook_VC - centre_C
         half_norms_V = 0.5 * codes_VC.square().sum(-1)
         spread = math.sqrt(2 * float(half_norms_V.mean())) or 1.0
         rounding = torch.finfo(codes_VC.dtype).eps
         return cls(
+            centre_C=centre_C,
             codes_VC=codes_VC,
             half_norms_V=half_norms_V,
             in_KV=torch.cat([codes_VC, -half_norms_V[:, None]], 1).T.contiguous(),

@@ -2,7 +2,9 @@
 
 The default solver adapts its steps to each token, see :mod:`ddops.flow.adaptive`. The others take the same steps for
 every token, on a grid uniform in log-SNR, and serve as its measure: Euler, Heun, and a multistep method of second
-order that predicts the data ("DPM-Solver++ (2M)", arXiv 2211.01095, with alpha = t and sigma = 1 - t).
+order that predicts the data ("DPM-Solver++ (2M)", arXiv 2211.01095, with alpha = t and sigma = 1 - t). Tokens whose
+code is not decided where the grid ends are followed to the limit by the adaptive solver, so that no answer is an
+artefact of the grid's end.
 All are written in ``z = x / (1 - t)`` and ``r = t / (1 - t)``, where the flow is ``dz/dr = m`` and r^2 is the SNR.
 """
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddops.flow.adaptive import Solution, solve_adaptive
-from ddops.flow.codebook import posterior_logits, posterior_mean
+from ddops.flow.codebook import posterior_mean
 
 Solver = Literal["adaptive", "multistep", "heun", "euler"]
 Solve = Callable[[Tensor, Tensor, Tensor], Solution]
@@ -28,7 +30,7 @@ Advance = Callable[[Mean, Tensor, list[float]], Tensor]
 
 LOG_SNR_RANGE = (-2.0, 2.5)
 """First (after t = 0) and last point of the fixed grids: log of ``r * spread``, where ``spread`` is the codes'
-root-mean-square distance from their mean. Before it the posterior is still the prior, after it one code is left."""
+root-mean-square distance from their mean. Before it the posterior is still the prior; after it few codes are left."""
 TOLERANCE: Final = 3e-3
 MOST_EVALUATIONS: Final = 100
 CHUNK_ELEMENTS = {"cpu": 1 << 19}
@@ -54,8 +56,9 @@ def flow_map(
     them, then the first, stands for all.
 
     Args:
-        evaluations: posterior means computed a token; for ``adaptive`` the most a token may take.
-        tolerance: error of a step, of ``adaptive`` alone.
+        evaluations: for ``adaptive`` the most posterior means that a token may take. For the others those on the grid
+            (a Heun step takes two); the test whether the code is decided, and the way on where it is not, come on top.
+        tolerance: error of a step of ``adaptive``, and of the others' way beyond their grid.
 
     Raises:
         ValueError: fewer than two evaluations, or a token without a distribution (NaN, or no code at all).
@@ -85,7 +88,7 @@ def solve_flow(
     if solver == "adaptive":
         solve = partial(solve_adaptive, tolerance=tolerance, evaluations=evaluations)
     else:
-        solve = partial(_solve_fixed, *_FIXED[solver], evaluations)
+        solve = partial(_solve_fixed, *_FIXED[solver], evaluations, tolerance)
     elements = CHUNK_ELEMENTS.get(noise_NC.device.type, OTHER_CHUNK_ELEMENTS)
     chunk = max(1, elements // len(codebook_VC))
     parts = [
@@ -107,19 +110,22 @@ def _solve_fixed(
     advance: Advance,
     evaluations_a_step: int,
     evaluations: int,
+    tolerance: float,
     noise_NC: Tensor,
     log_p_NV: Tensor,
     codebook_VC: Tensor,
 ) -> Solution:
-    """Walk the grid; the last evaluation reads the code off as the likeliest under the posterior, not the nearest."""
+    """Walk the grid, and beyond it where the code is still open."""
     ratios = grid_ratios(codebook_VC, max(1, (evaluations - 1) // evaluations_a_step))
 
     def mean(z_NC: Tensor, r: float) -> Tensor:
         return posterior_mean(z_NC / (1 + r), r / (1 + r), log_p_NV, codebook_VC)
 
-    z_NC, r = advance(mean, noise_NC, ratios), ratios[-1]
-    ids_N = posterior_logits(z_NC / (1 + r), r / (1 + r), log_p_NV, codebook_VC).argmax(-1)
-    return Solution(ids_N, torch.full_like(ids_N, evaluations))
+    z_NC = advance(mean, noise_NC, ratios)
+    end = solve_adaptive(
+        z_NC, log_p_NV, codebook_VC, tolerance=tolerance, evaluations=MOST_EVALUATIONS, from_r=ratios[-1]
+    )
+    return Solution(end.ids_N, end.evaluations_N + len(ratios) * evaluations_a_step)
 
 
 def _euler(mean: Mean, z_NC: Tensor, ratios: list[float]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from ddops.trajectories.shards import (
     SettingsDiffer,
     ShardPlan,
     plan_shards,
+    read_manifest,
     read_shard,
     shard_problem,
     write_manifest,
@@ -190,7 +192,8 @@ def generate(job: Job, *, replace: bool = False, mapper: Mapper = in_this_proces
         Samples made, samples a second, and the shares of the time.
 
     Raises:
-        SettingsDiffer: shards are there that this data set would not hold, and ``replace`` is not set.
+        SettingsDiffer: shards are there that this data set would not hold, and ``replace`` is not set. See
+            :func:`missing_shards` for the one exception.
     """
     plans = plan_shards(job.config.count, job.config.shard_size)
     job.directory.mkdir(parents=True, exist_ok=True)
@@ -245,17 +248,21 @@ def _metrics(total: Throughput, elapsed: float) -> dict[str, Any]:
 def missing_shards(job: Job, *, replace: bool = False) -> list[ShardPlan]:
     """The shards that are not there, or not whole; with ``replace`` also those of other settings.
 
+    A shard of other settings in a data set whose manifest is of these settings is a stranger there: it counts as
+    damaged, since nothing is lost by making it again.
+
     Raises:
         SettingsDiffer: as :func:`generate`.
     """
     plans = plan_shards(job.config.count, job.config.shard_size)
+    replaceable = replace or _is_complete(job)
     missing = []
     for plan in plans:
         path = job.directory / plan.name
         try:
             problem = shard_problem(path, plan, job.settings)
         except SettingsDiffer as error:
-            if not replace:
+            if not replaceable:
                 raise SettingsDiffer(f"{error}. Restore the settings, choose another directory, or replace") from None
             problem = str(error)
         if problem:
@@ -271,15 +278,26 @@ def missing_shards(job: Job, *, replace: bool = False) -> list[ShardPlan]:
     return missing
 
 
+def _is_complete(job: Job) -> bool:
+    """Whether a manifest declares the directory to be a data set of just these settings."""
+    try:
+        return bool(read_manifest(job.directory)["fingerprint"] == sha256_json(job.settings))
+    except DatasetError:
+        return False
+
+
 def _recorded_batch_size(directory: Path) -> int | None:
-    """What the first whole shard of a data set was made with."""
+    """What a data set was made with: so its manifest says, or where it is unfinished its first whole shard."""
+    settings: list[dict[str, Any]] = []
+    with suppress(DatasetError):
+        settings.append(read_manifest(directory)["settings"])
     for path in sorted(directory.glob("shard-*.safetensors")):
-        try:
-            size = read_shard(path).settings.get("batch_size")
-        except DatasetError:
-            continue
-        return size if isinstance(size, int) else None
-    return None
+        if settings:
+            break
+        with suppress(DatasetError):
+            settings.append(read_shard(path).settings)
+    size = settings[0].get("batch_size") if settings else None
+    return size if isinstance(size, int) else None
 
 
 def write_empty(directory: Path, reason: str) -> None:

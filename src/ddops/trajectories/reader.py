@@ -7,14 +7,18 @@ of an epoch reads what it would have read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from ddops.trajectories.dataset import TrajectoryBatch, TrajectoryDataset
+
+THREADS: Final = min(8, max(2, os.cpu_count() or 1))
+"""That read ahead in each training process: two feed a step of many seconds, a GPU's steps want more."""
 
 
 class BatchSource(Protocol):
@@ -56,8 +60,8 @@ class ReadAhead:
         indices_of: Callable[[int], Tensor],
         *,
         pinned: bool = False,
-        workers: int = 2,
-        ahead: int = 4,
+        workers: int = THREADS,
+        ahead: int = max(4, THREADS),
     ) -> None:
         self._dataset, self._indices_of, self._ahead = dataset, indices_of, ahead
         self._workers, self._pinned = workers, pinned
