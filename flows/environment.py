@@ -8,6 +8,8 @@ from pathlib import Path
 POOL = "ddops"
 GPU_TAG = "gpu"
 HEARTBEAT_SECONDS = 30
+WORKSPACE = "DDOPS_WORKSPACE"
+"""Where a worker's runs work; deploy/prefect.yaml names it."""
 
 
 def settings(workspace: Path) -> dict[str, str]:
@@ -18,7 +20,7 @@ def settings(workspace: Path) -> dict[str, str]:
     defaults = {
         # Its database, blocks and logs: with the workspace's other state, not in the home directory.
         "PREFECT_HOME": str(workspace / ".ddops" / "prefect"),
-        "DDOPS_WORKSPACE": str(workspace),
+        WORKSPACE: str(workspace),
         # No telemetry, from the server or its clients.
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flows.environment import GPU_TAG, POOL, settings
+from flows.environment import GPU_TAG, POOL, WORKSPACE, settings
 
 DEPLOYMENTS = "deploy/prefect.yaml"
 GPUS = "DDOPS_GPUS"
@@ -31,7 +31,9 @@ def main() -> None:
         client.upsert_global_concurrency_limit_by_name(f"tag:{GPU_TAG}", int(os.environ.get(GPUS, "1")))
     automations.install()
     deploy = ["-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", DEPLOYMENTS]
-    subprocess.run([sys.executable, *deploy], check=True)
+    # Left to be filled in by the worker that takes a run: its workspace is where it was started, not here.
+    env = {name: value for name, value in os.environ.items() if name != WORKSPACE}
+    subprocess.run([sys.executable, *deploy], env=env, check=True)
     refuse_unknown_parameters()
 
 
