@@ -23,7 +23,7 @@ import yaml
 
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN
 from flows.leash import Leash
-from flows.progress import parse_bar
+from flows.progress import parse_bar, unglued
 
 DASK = "DDOPS_DASK"
 """Address of a Dask scheduler, or ``local``."""
@@ -140,7 +140,7 @@ def run_command(
     keep_open = () if lock is None else (lock,)
     with Leash(command, cwd=workspace, env=env, keep_open=keep_open) as leash:
         try:
-            for piece in leash.lines(timeout):
+            for piece in (part for output in leash.lines(timeout) for part in unglued(output)):
                 line = piece.rstrip()
                 if not line or CHATTER.match(piece):
                     continue

@@ -21,7 +21,7 @@ from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError,
 from flows import dvc
 from flows.dvc import Outcome, Stage
 from flows.leash import Leash
-from flows.progress import Progress, parse_bar
+from flows.progress import Progress, parse_bar, unglued
 from flows.workspace import LOCK, WorkspaceBusyError, compose_parameters, locked
 from prefect_world import PATIENCE, alive, eventually
 from test_architecture import imported_names
@@ -102,6 +102,13 @@ def test_what_a_command_leaves_behind_is_ended():
         (line,) = running.lines(30)
         assert running.wait() == 0
         assert not alive(int(line))
+
+
+def test_a_line_that_follows_a_bar_is_told_from_it():
+    bar, line = "\rdd1:  45%|##| 27/60 [00:03<00:03, 9.0step/s]", "ERROR: failed to run: work, exited with -9\n"
+    assert unglued(bar + line) == [bar + "\r", line]
+    for whole in (bar, bar + "\n", line, "accuracy 45% | good [really] | yes\n"):
+        assert unglued(whole) == [whole]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +194,10 @@ def test_what_becomes_of_a_stage(pipeline):
     assert "ValueError: no such class" in result.message
     assert "git add" not in result.message
     assert reproduce(pipeline, {"refuse": True})[0].outcome is Outcome.REFUSED
+    result, heard = reproduce(pipeline, {"killed": True})
+    assert result.outcome is Outcome.KILLED, "though DVC says so on the line that the progress bar began"
+    assert result.message.startswith("killed by signal 9")
+    assert any("failed to reproduce 'teacher'" in piece and parse_bar(piece) is None for piece in heard)
     result, _ = reproduce(pipeline, {"exit": 75})
     assert result.outcome is Outcome.TRY_AGAIN
     # Long enough for DVC to come to the stage, however busy the machine is.
