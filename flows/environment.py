@@ -31,8 +31,8 @@ def settings(workspace: Path) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # SQLite has one writer at a time; the 10 s that are the default are too few when the machine is busy.
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
-        # The first start makes the database, which takes longer than the 20 s that are the default on a busy machine.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        # The first start makes the database: a minute and more on a busy machine, where the default gives up after 20 s.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
         # A proxy for the outside world is none for a server on this machine.
         "no_proxy": "127.0.0.1,localhost",
         # 2 + 4 + ... + 256 s: a run outlives eight minutes without its server.
