@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--target", help="the last stage to run (default: all)")
     parser.add_argument("--force", action="store_true", help="run stages even if they are up to date")
     parser.add_argument("--remote", help="a DVC remote to fetch from before, and to push to after")
+    parser.add_argument("--promote", metavar="REASON", help="make the model that passes the production model")
     arguments = parser.parse_args()
     env = settings(Path.cwd()) | {name: os.environ.get(name, value) for name, value in LOG.items()}
     os.environ |= env
@@ -40,6 +41,7 @@ def main() -> int:
         target=arguments.target,
         force=arguments.force,
         remote=arguments.remote,
+        promote=arguments.promote,
         return_state=True,
     )
     good = state.is_completed()

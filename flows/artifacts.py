@@ -92,13 +92,15 @@ def artifact_key(*parts: str) -> str:
     return "-".join(parts).lower().replace("_", "-")
 
 
-def metrics_table(workspace: Path, production: str) -> None:
-    """Every metric of the workspace beside the one that Git revision ``production`` has."""
-    try:
-        files = metrics_beside(workspace, production)
-        said = f"This run beside production (Git revision `{production}`)."
-    except DvcError as error:
-        files, said = _alone(workspace), f"This run. No figures of production: {error}."
+def metrics_table(workspace: Path, production: str | None) -> None:
+    """Every metric of the workspace beside production's: those that Git revision ``production`` has, or if that is None
+    those with which the model in production was promoted, or while there is none those of HEAD."""
+    registry = read_registry(workspace)
+    if production is None and (version := registry["current"]) is not None:
+        files = _beside(workspace, registry["versions"][version]["metrics"])
+        said = f"This run beside production ({version})."
+    else:
+        files, said = _beside_revision(workspace, production or "HEAD")
     rows = [
         {"metric": f"{Path(file).stem}: {name}", **_compared(values.get("new"), values.get("old"))}
         for file, metrics in files.items()
@@ -108,9 +110,25 @@ def metrics_table(workspace: Path, production: str) -> None:
     create_table_artifact(rows, key="metrics", description=said)
 
 
-def _alone(workspace: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    metrics = json.loads((workspace / paths.METRICS).read_text())
-    return {str(paths.METRICS): {name: {"new": value} for name, value in _flat(metrics)}}
+def read_registry(workspace: Path) -> dict[str, Any]:
+    """Which model is in production: ``current``, ``versions``, ``history``."""
+    path = workspace / paths.PRODUCTION
+    registry: dict[str, Any] = {"current": None, "versions": {}, "history": []}
+    return json.loads(path.read_text()) if path.exists() else registry
+
+
+def _beside_revision(workspace: Path, revision: str) -> tuple[dict[str, dict[str, dict[str, Any]]], str]:
+    try:
+        return metrics_beside(workspace, revision), f"This run beside production (Git revision `{revision}`)."
+    except DvcError as error:
+        return _beside(workspace, {}), f"This run. No figures of production: {error}."
+
+
+def _beside(workspace: Path, old: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    known = dict(_flat(old))
+    metrics = dict(_flat(json.loads((workspace / paths.METRICS).read_text())))
+    names = dict.fromkeys([*metrics, *known])
+    return {str(paths.METRICS): {name: {"new": metrics.get(name), "old": known.get(name)} for name in names}}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -133,7 +151,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def gate_decision(workspace: Path, production: str) -> None:
+def gate_decision(workspace: Path, production: str | None) -> None:
     """The gate's verdicts, rule by rule."""
     decision = json.loads((workspace / paths.GATE_DECISION).read_text())
     lines = [
@@ -150,7 +168,7 @@ def gate_decision(workspace: Path, production: str) -> None:
     create_markdown_artifact("\n".join(lines), key="gate", description="The gate's decision")
 
 
-def image_grids(workspace: Path, production: str) -> None:
+def image_grids(workspace: Path, production: str | None) -> None:
     """Each grid of samples, in the artifact itself, so that the page shows it wherever the browser is."""
     for path in sorted((workspace / paths.GRIDS).glob("*.png")):
         if path.stat().st_size > MAX_IMAGE_BYTES:
@@ -160,9 +178,29 @@ def image_grids(workspace: Path, production: str) -> None:
         create_image_artifact(url, key=artifact_key("grid", path.stem), description=path.stem)
 
 
-def report_link(workspace: Path, production: str) -> None:
+def report_link(workspace: Path, production: str | None) -> None:
     """Where the report is."""
     _link(workspace, workspace / paths.REPORT, "report")
+
+
+def in_production(workspace: Path) -> None:
+    """The version in production, and every step that led there, newest first."""
+    registry = read_registry(workspace)
+    lines = [
+        f"# In production: {registry['current']}",
+        "",
+        "| when | what | version | by | why |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {step['at']} | {step['what']} | {step['version']} | {step['by']} | {_cell(step['reason'])} |"
+            for step in reversed(registry["history"])
+        ),
+    ]
+    create_markdown_artifact("\n".join(lines), key="production", description="The model in production")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _link(workspace: Path, path: Path, key: str) -> None:
@@ -172,7 +210,7 @@ def _link(workspace: Path, path: Path, key: str) -> None:
     create_link_artifact(url, link_text=str(path.relative_to(workspace)), key=key)
 
 
-AFTER_STAGE: dict[str, Callable[[Path, str], None]] = {
+AFTER_STAGE: dict[str, Callable[[Path, str | None], None]] = {
     "sample": image_grids,
     "evaluate": metrics_table,
     "gate": gate_decision,

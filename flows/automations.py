@@ -79,8 +79,10 @@ def tell_of_bad_ends(block_id: Any) -> AutomationCore:
 
 
 def notification_block(url: str) -> Block:
-    """How to reach people: Slack's incoming webhooks by their address, any other address gets JSON by POST."""
-    if url.startswith("https://hooks.slack.com/"):
+    """How to reach people: Slack by its incoming webhook, a mailbox by ``mailto(s)://``, any other address gets JSON by
+    POST."""
+    # Prefect's block for Slack passes an address that is not Slack's on to Apprise, which knows mail servers.
+    if url.startswith(("https://hooks.slack.com/", "https://hooks.slack-gov.com/", "mailto://", "mailtos://")):
         return SlackWebhook(url=SecretStr(url))
     body = {"subject": "{{subject}}", "body": "{{body}}"}
     return CustomWebhookNotificationBlock(name=BLOCK, url=url, json_data=body, headers=None, cookies=None)

@@ -23,7 +23,7 @@ import yaml
 
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN
 from flows.leash import Leash
-from flows.progress import parse_bar
+from flows.progress import parse_bar, unglued
 
 DASK = "DDOPS_DASK"
 """Address of a Dask scheduler, or ``local``."""
@@ -82,10 +82,12 @@ def stages(workspace: Path, target: str | None = None) -> list[Stage]:
         DvcError: ``dvc.yaml`` is not valid, or has no such target.
     """
     graph = ask(["dag", "--dot", *([target] if target else [])], workspace)
-    needs: dict[str, list[str]] = {name: [] for name in NODE.findall(graph)}
-    for before, after in EDGE.findall(graph):
-        needs[after].append(before)
     declared = yaml.safe_load((workspace / "dvc.yaml").read_text())["stages"]
+    # What is tracked by a file of its own, as a production model is, is a node too.
+    needs: dict[str, list[str]] = {name: [] for name in NODE.findall(graph) if name in declared}
+    for before, after in EDGE.findall(graph):
+        if before in needs and after in needs:
+            needs[after].append(before)
     # The order of the file where the graph leaves it open.
     ordered = graphlib.TopologicalSorter({name: needs[name] for name in sorted(needs, key=list(declared).index)})
     return [_stage(name, needs[name], declared[name].get("meta") or {}) for name in ordered.static_order()]
@@ -138,7 +140,7 @@ def run_command(
     keep_open = () if lock is None else (lock,)
     with Leash(command, cwd=workspace, env=env, keep_open=keep_open) as leash:
         try:
-            for piece in leash.lines(timeout):
+            for piece in (part for output in leash.lines(timeout) for part in unglued(output)):
                 line = piece.rstrip()
                 if not line or CHATTER.match(piece):
                     continue

@@ -8,6 +8,8 @@ from pathlib import Path
 POOL = "ddops"
 GPU_TAG = "gpu"
 HEARTBEAT_SECONDS = 30
+WORKSPACE = "DDOPS_WORKSPACE"
+"""Where a worker's runs work; deploy/prefect.yaml names it."""
 
 
 def settings(workspace: Path) -> dict[str, str]:
@@ -18,7 +20,7 @@ def settings(workspace: Path) -> dict[str, str]:
     defaults = {
         # Its database, blocks and logs: with the workspace's other state, not in the home directory.
         "PREFECT_HOME": str(workspace / ".ddops" / "prefect"),
-        "DDOPS_WORKSPACE": str(workspace),
+        WORKSPACE: str(workspace),
         # No telemetry, from the server or its clients.
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -29,8 +31,8 @@ def settings(workspace: Path) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # SQLite has one writer at a time; the 10 s that are the default are too few when the machine is busy.
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
-        # The first start makes the database, which takes longer than the 20 s that are the default on a busy machine.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        # The first start makes the database: a minute and more on a busy machine, where the default gives up after 20 s.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
         # A proxy for the outside world is none for a server on this machine.
         "no_proxy": "127.0.0.1,localhost",
         # 2 + 4 + ... + 256 s: a run outlives eight minutes without its server.

@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from ddops.config.load import ConfigError
-from flows import artifacts, dvc, shards
+from flows import artifacts, dvc, promotion, shards
 from flows.dvc import Outcome, Result, Stage
 from flows.environment import GPU_TAG
 from flows.steps import RETRIES, as_state, delays, forward_to, may_pass
@@ -39,7 +39,8 @@ def retrain(
     target: str | None = None,
     force: bool = False,
     remote: str | None = None,
-    production: str = "HEAD",
+    promote: Annotated[str, Field(min_length=1)] | None = None,
+    production: str | None = None,
     wait_seconds: Annotated[float, Field(ge=0)] = 3600.0,
     retry_seconds: Annotated[float, Field(gt=0)] = 30.0,
 ) -> State[Any]:
@@ -53,7 +54,9 @@ def retrain(
         target: the last stage to run; all of them if left out.
         force: run stages even if they are up to date.
         remote: a DVC remote to fetch results from before, and to push them to after; none if left out.
-        production: the Git revision whose metrics the table shows beside this run's.
+        promote: why the model, if it passes, is to be the production model; if left out, production stays as it is.
+        production: the Git revision whose metrics the table shows beside this run's; if left out, the figures with
+            which the model in production was promoted, or while there is none what is committed (HEAD).
         wait_seconds: how long to wait for another run in the same workspace.
         retry_seconds: the first wait before trying again what may pass; then twice that, and so on.
     """
@@ -62,11 +65,13 @@ def retrain(
         end_with_the_worker()
     log = get_run_logger()
     try:
+        if promote is not None and target is not None:
+            raise ConfigError("promote needs every stage: leave out the target")
         values = compose_parameters(workspace, preset, seed, trajectories, overrides or [])
         plan = dvc.stages(workspace, target)
         with locked(workspace, f"run {flow_run.get_name()}", wait_seconds, log.info) as lock:
             write_parameters(workspace, values)
-            return _run_all(plan, Job(workspace, lock, force, remote, production, retry_seconds))
+            return _run_all(plan, Job(workspace, lock, force, remote, promote, production, retry_seconds))
     except (ConfigError, dvc.DvcError) as error:
         return Failed(name="ParametersRefused", message=str(error))
     except WorkspaceBusyError as error:
@@ -81,7 +86,8 @@ class Job:
     lock: int
     force: bool
     remote: str | None
-    production: str
+    promote: str | None
+    production: str | None
     retry_seconds: float
 
     @property
@@ -114,11 +120,14 @@ def _run_all(plan: list[Stage], job: Job) -> State[Any]:
             publish(job.workspace, job.production)
         if not state.is_completed():
             return _like(state, stage.name)
+    if (promoted := _promote(job)) is not None and not promoted.is_completed():
+        return _like(promoted, "promote")
     if (pushed := _transfer("push", job)) is not None and not pushed.is_completed():
         return _like(pushed, "push")
     ran = [name for name, state in states.items() if state.name != "Cached"]
     kept = len(states) - len(ran)
-    return Completed(message=f"{len(ran)} stages ran ({', '.join(ran) or 'none'}), {kept} were up to date")
+    said = f"{len(ran)} stages ran ({', '.join(ran) or 'none'}), {kept} were up to date"
+    return Completed(message=f"{said}; {promoted.message}" if promoted is not None else said)
 
 
 def _map_shards(stage: Stage, job: Job) -> State[Any] | None:
@@ -128,6 +137,14 @@ def _map_shards(stage: Stage, job: Job) -> State[Any] | None:
     if not job.force and dvc.is_up_to_date(stage, job.workspace):
         return None
     return shards.map_shards(cluster, job.workspace, job.delays)
+
+
+def _promote(job: Job) -> State[Any] | None:
+    if job.promote is None:
+        return None
+    named = promotion.promote.with_options(retry_delay_seconds=job.delays)
+    state: State[Any] = named(job.promote, job.workspace, job.lock, return_state=True)
+    return state
 
 
 def _transfer(direction: str, job: Job) -> State[Any] | None:

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flows.environment import GPU_TAG, POOL, settings
+from flows.environment import GPU_TAG, POOL, WORKSPACE, settings
 
 DEPLOYMENTS = "deploy/prefect.yaml"
+FLOW = "retrain"
 GPUS = "DDOPS_GPUS"
 """How many stages tagged "gpu" may run at once, over all workspaces of this server; default 1."""
 
@@ -31,19 +32,27 @@ def main() -> None:
         client.upsert_global_concurrency_limit_by_name(f"tag:{GPU_TAG}", int(os.environ.get(GPUS, "1")))
     automations.install()
     deploy = ["-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", DEPLOYMENTS]
-    subprocess.run([sys.executable, *deploy], check=True)
-    refuse_unknown_parameters()
+    # Left to be filled in by the worker that takes a run: its workspace is where it was started, not here.
+    env = {name: value for name, value in os.environ.items() if name != WORKSPACE}
+    deployed = subprocess.run([sys.executable, *deploy], env=env, capture_output=True, text=True, check=False)
+    if deployed.returncode:
+        raise SystemExit(f"{DEPLOYMENTS}: not deployed\n{deployed.stdout}{deployed.stderr}")
+    print(f"deployments: {', '.join(refuse_unknown_parameters())}", flush=True)
 
 
-def refuse_unknown_parameters() -> None:
-    """Close every deployment's schema: Prefect leaves it open, and drops a misspelt parameter without a word."""
+def refuse_unknown_parameters() -> list[str]:
+    """Close the schema of the flow's deployments, and give their names: Prefect leaves it open, and drops a misspelt
+    parameter without a word."""
     from prefect import get_client
     from prefect.client.schemas.actions import DeploymentUpdate
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
     with get_client(sync_client=True) as client:
-        for deployment in client.read_deployments():
+        ours = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[FLOW])))
+        for deployment in ours:
             schema = {**(deployment.parameter_openapi_schema or {}), "additionalProperties": False}
             client.update_deployment(deployment.id, DeploymentUpdate(parameter_openapi_schema=schema))
+        return sorted(deployment.name for deployment in ours)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from types import FrameType
 from flows.environment import settings
 from flows.leash import Leash
 
-START_SECONDS = 120.0
+START_SECONDS = 600.0
 
 
 def main() -> None:

@@ -110,19 +110,20 @@ class World:
         }
         self.server = self.worker = None
 
-    def _spawn(self, name, *arguments):
+    def spawn(self, name, *arguments, workspace=None):
+        """A process of this interpreter that stays, with a log of its own."""
         with (self.directory / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, *arguments],
-                cwd=self.workspace,
-                env=self.env,
+                cwd=workspace or self.workspace,
+                env=self.env if workspace is None else {**self.env, environment.WORKSPACE: str(workspace)},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
     def start_server(self):
-        self.server = self._spawn("server", "-m", "prefect", "server", "start", "--port", str(self.port))
+        self.server = self.spawn("server", "-m", "prefect", "server", "start", "--port", str(self.port))
 
         def healthy():
             assert self.server.poll() is None, (self.directory / "server.log").read_text()
@@ -136,7 +137,7 @@ class World:
         self.server.wait()
 
     def start_worker(self):
-        self.worker = self._spawn("worker", "-m", "flows.worker")
+        self.worker = self.spawn("worker", "-m", "flows.worker")
 
     def kill_worker(self):
         """SIGKILL to the worker alone: what it started is not asked."""

@@ -13,10 +13,12 @@ import kubernetes_validate
 import pytest
 import yaml
 from compose_spec import PyCompose
+from prefect.utilities.templating import apply_values, find_placeholders
 
 from ddops.cli import main
 from dvc_environment import dvc_environment
 from flows import environment
+from flows.leash import GRACE_SECONDS
 from tiny_bundle import serving
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +117,27 @@ def test_the_probes_are_answered(bundle, tmp_path):
         annotations = MANIFESTS[0]["spec"]["template"]["metadata"]["annotations"]
         assert client.get(annotations["prometheus.io/path"]).status_code == 200
         assert client.post("/v1/images", json={"class": 1}).status_code == 401
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_run_of_prefects_kubernetes_pool_is_a_valid_job(gpus):
+    """The base job with its variables filled in, by Prefect's own templating and as its Kubernetes worker goes on: the
+    environment as a list, the command in words."""
+    pool = yaml.safe_load((DEPLOY / "work-pool-kubernetes.yaml").read_text())
+    variables, job = pool["variables"]["properties"], pool["job_configuration"]
+    assert {placeholder.name for placeholder in find_placeholders(job)} <= set(variables)
+    values = {name: variable["default"] for name, variable in variables.items()}
+    command = "prefect flow-run execute"
+    filled = apply_values(job, {**values, "name": "a-run", "gpus": gpus, "command": command})
+    manifest = filled["job_manifest"]
+    (run,) = manifest["spec"]["template"]["spec"]["containers"]
+    run["env"] = [{"name": name, "value": value} for name, value in run["env"].items()]
+    run["args"] = run["args"].split()
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    assert {"name": environment.WORKSPACE, "value": run["workingDir"]} in run["env"]
+    assert run["workingDir"] in [mount["mountPath"] for mount in run["volumeMounts"]]
+    assert manifest["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > GRACE_SECONDS + 5
+    assert run["resources"]["limits"] == {"nvidia.com/gpu": gpus}
 
 
 def test_probes_ports_and_grace_fit_each_other():

@@ -219,6 +219,26 @@ class Loaded(HTMLParser):
         self.references += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
 
 
+def test_a_run_promotes_what_passed_and_the_next_leaves_it_there(workspace):
+    """`ddops run` with a reason: the flow's last task, with the real commands."""
+    for name in ("name", "email"):
+        run(workspace, "git", "config", f"user.{name}", "ada@example.invalid")
+    said = run(workspace, "ddops", "run", "smoke", "--promote", "the first")
+    assert f"0 stages ran (none), {len(STAGES)} were up to date; v1.0.0 is in production" in said
+    registry = json.loads((workspace / paths.PRODUCTION).read_text())
+    assert [(step["version"], step["reason"]) for step in registry["history"]] == [("v1.0.0", "the first")]
+    assert registry["history"][0]["by"].startswith("run ")
+    assert contents(workspace / "production/v1.0.0").keys() >= contents(workspace / paths.ONNX_BUNDLE).keys()
+    assert set(run(workspace, "git", "tag").split()) == {"smoke@v1.0.0", "smoke#production#1"}
+    assert run(workspace, "git", "status", "--porcelain") == ""
+
+    # What depends on which model is in production runs again; the weights are the same, so that is all.
+    said = run(workspace, "ddops", "run", "smoke", "--promote", "again")
+    assert "this model is in production already, as v1.0.0" in said
+    assert f"1 stages ran (gate), {len(STAGES) - 1} were up to date; v1.0.0 is in production" in said
+    assert json.loads((workspace / paths.PRODUCTION).read_text()) == registry
+
+
 def test_metrics_and_plots_show_without_a_network(workspace):
     metrics = json.loads(run(workspace, "dvc", "metrics", "show", "--json"))[""]["data"]
     assert metrics["reports/metrics.json"]["data"]["dd1_1step"]["fid"] > 0

@@ -16,6 +16,7 @@ from ddops.evaluation.production import Registry
 from ddops.files import sha256_file, write_json
 from ddops.serving.models import find_bundle
 from ddops.stages import paths
+from ddops.stages.common import EXIT_REFUSED
 from test_gate import run_gate
 from tiny import PARAMS
 
@@ -156,19 +157,68 @@ def test_killed_after_the_step_the_next_command_puts_it_on_record(
         assert git("status", "--porcelain", "production") == ""
 
 
+def test_a_run_commits_what_it_made_and_promotes_only_what_is_new(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the flow calls it: nobody is there to commit."""
+    command = ["promote", "--commit", "--if-new", "--reason", "nightly"]
+    paths.PARAMS.write_text(paths.PARAMS.read_text() + "# another run\n")
+    Path("mine").write_text("staged by somebody, and left alone")
+    git("add", "mine")
+    before = git("rev-parse", "HEAD")
+    assert main(command) == 0, capsys.readouterr().err
+    assert git("log", "--format=%s", f"{before}..HEAD").splitlines() == [
+        "Promote smoke v1.0.0: nightly",
+        "Run of smoke",
+    ]
+    committed = set(git("show", "--name-only", "--format=", "HEAD~1").splitlines())
+    assert {str(paths.PARAMS), str(paths.METRICS), str(paths.GATE_DECISION), str(paths.EXPORT_METRICS)} == committed
+    assert git("diff", "--cached", "--name-only") == "mine"
+    source = Registry.load(paths.PRODUCTION).versions["v1.0.0"]["source_commit"]
+    assert source == git("rev-parse", "HEAD~1"), "the commit of the run, not the one before it"
+
+    # Exported again, at another commit: the same weights in other bytes.
+    run_gate()
+    export("the same graph, with another commit in it")
+    head = git("rev-parse", "HEAD")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "in production already, as v1.0.0" in capsys.readouterr().out
+    assert git("rev-parse", "HEAD") == head
+
+    retrain("second")
+    assert main(command) == 0, capsys.readouterr().err
+    assert Registry.load(paths.PRODUCTION).current == "v2.0.0"
+
+
+def test_a_run_of_code_that_is_not_committed_is_not_promoted(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It commits what the run made, not what somebody is working on."""
+    Path("dvc.yaml").write_text("stages: {}\n")
+    assert main(["promote", "--commit", "--reason", "nightly"]) == 1
+    assert "not committed" in capsys.readouterr().err
+    assert not paths.PRODUCTION.exists()
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "code", "message"),
     [
-        ("refused", "the gate refuses this model"),
-        ("undecided", "run dvc repro gate"),
-        ("other settings", "the protocol's drawing_sha256"),
-        ("another student", "run dvc repro export_onnx"),
-        ("uncommitted", "not committed"),
-        ("worse export", "the exported graph is refused"),
+        ("refused", EXIT_REFUSED, "the gate refuses this model"),
+        ("undecided", 1, "run dvc repro gate"),
+        ("other settings", EXIT_REFUSED, "the protocol's drawing_sha256"),
+        ("another student", 1, "run dvc repro export_onnx"),
+        ("uncommitted", 1, "not committed"),
+        ("worse export", EXIT_REFUSED, "the exported graph is refused"),
     ],
 )
 def test_what_is_not_promoted(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str, message: str
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+    code: int,
+    message: str,
 ) -> None:
     if fault == "refused":
         paths.DD2_GENERATOR.write_text("changed since it was judged")
@@ -183,7 +233,9 @@ def test_what_is_not_promoted(
         paths.PARAMS.write_text(paths.PARAMS.read_text() + "# a note\n")
     else:
         monkeypatch.setattr("ddops.stages.export_onnx.judge_exported", lambda evaluate, export: {"fid": float("nan")})
-    assert main(["promote", "--reason", "because"]) == 1
+    commits = git("rev-list", "--count", "HEAD")
+    assert main(["promote", "--reason", "because"]) == code
     assert message in capsys.readouterr().err
+    assert git("rev-list", "--count", "HEAD") == commits
     assert not paths.PRODUCTION.exists()
     assert git("tag") == ""

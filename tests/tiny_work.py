@@ -29,6 +29,9 @@ def work(name, outputs, behaviour):
         train(name, behaviour["steps"])
     if behaviour.get("fill"):
         fill_the_disk()
+    if behaviour.get("killed"):
+        print("\rloss:  45%|####| 27/60 [00:03<00:03, 9.0step/s]", end="", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     for text in behaviour.get("say", []):
         print(text, file=sys.stderr, flush=True)
     for path in map(Path, outputs):

@@ -27,13 +27,14 @@ from ddops.evaluation.errors import MetricError
 from ddops.evaluation.production import RegistryError
 from ddops.export.errors import BundleError, ExportError
 from ddops.models.errors import CheckpointError
+from ddops.stages.common import EXIT_REFUSED, ModelRefusedError
 
 EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError)
 """Errors whose message says what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, or 1 after an error that was explained."""
+    """Run one command; the exit code is 0, 3 where a model is refused, or 1 after another error that was explained."""
     parser = argparse.ArgumentParser(prog="ddops", description="Distil image AR models into one-step generators.")
     parser.add_argument("--version", action="version", version=f"ddops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         arguments.run(arguments)
+    except ModelRefusedError as error:
+        print(error, file=sys.stderr)
+        return EXIT_REFUSED
     except (*EXPLAINED, CommandError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -10,19 +10,35 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddops.commands.arguments import CommandError, Subparsers
-from ddops.commands.repository import commit_and_tag, dvc, git, is_recorded, require_committed, require_tools, user
+from ddops.commands.repository import (
+    commit_and_tag,
+    commit_changed,
+    dvc,
+    git,
+    is_recorded,
+    require_committed,
+    require_tools,
+    user,
+)
+from ddops.config.base import plain
 from ddops.config.load import load_config
 from ddops.config.stages import Config
 from ddops.evaluation.gate import decide
 from ddops.evaluation.production import Registry
-from ddops.files import sha256_file
+from ddops.files import sha256_file, sha256_json
 from ddops.stages import paths
-from ddops.stages.common import StageError, drawing_of
+from ddops.stages.common import ModelRefusedError, StageError, drawing_of
 
 BESIDE: Final = (paths.METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS, paths.MODEL_CARD)
 """Files that go with a version's bundle, as far as they are there."""
-ORIGIN: Final = (Path("dvc.lock"), Path("dvc.yaml"), paths.PARAMS, Path("src"))
-"""What must be committed, so that the commit says where a version is from."""
+CODE: Final = (Path("dvc.yaml"), Path("src"))
+RUN: Final = (Path("dvc.lock"), paths.PARAMS)
+"""What must be committed, so that the commit says where a version is from: what ran, and with which settings."""
+RESULTS: Final = (
+    *(paths.METRICS, paths.ROWS_TABLE, paths.FEATURES_METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS),
+    *(paths.ENGINE_METRICS, paths.TRAJECTORIES_THROUGHPUT),
+)
+"""What a run writes that Git keeps, beside :data:`RUN`."""
 
 
 def register(commands: Subparsers) -> None:
@@ -34,6 +50,13 @@ def register(commands: Subparsers) -> None:
         "production/<version>, track it with DVC, commit the registry and tag the commit with GTO.",
     )
     promoting.set_defaults(run=run_promote)
+    promoting.add_argument("--commit", action="store_true", help="commit dvc.lock, params.yaml and the figures first")
+    promoting.add_argument(
+        "--if-new",
+        action="store_true",
+        help="do nothing where production has the same weights, exported with the same settings (the commit is in the "
+        "bundle, so it differs whenever it is made)",
+    )
     rolling = commands.add_parser("rollback", help="return to the production model before, or to a version")
     rolling.add_argument("--to", metavar="VERSION", help="default: the one before the current")
     rolling.set_defaults(run=run_rollback)
@@ -45,17 +68,33 @@ def register(commands: Subparsers) -> None:
 
 
 def run_promote(arguments: argparse.Namespace) -> None:
-    """Promote what is in the workspace. The registry's file is written last: until then nothing has changed."""
+    """Promote what is in the workspace. The registry's file is written last: until then production has not changed.
+
+    Raises:
+        ModelRefusedError: a rule of the gate fails, or one for the exported graph.
+        CommandError: what is in hand is not what was judged, or not committed.
+    """
     require_tools()
     config, registry = load_config(paths.PARAMS), Registry.load(paths.PRODUCTION)
-    if _finished(registry):
+    # A run asks for what is new, whatever was left to be done of the step before; a person, for one step.
+    if _finished(registry) and not arguments.if_new:
         return
     decision = _fresh_decision(config)
     files = _exported_files(config)
-    if registry.current is not None and registry.versions[registry.current]["files"] == files:
-        raise CommandError(f"this model is in production already, as {registry.current}")
-    require_committed([path for path in ORIGIN if path.exists()])
+    model = {"student_sha256": decision["student_sha256"], "export_sha256": sha256_json(plain(config.export))}
+    if registry.current is not None:
+        known = registry.versions[registry.current]
+        said = f"this model is in production already, as {registry.current}"
+        if arguments.if_new and known.get("model") == model:
+            print(said)
+            return
+        if known["files"] == files:
+            raise CommandError(said)
+    origin = CODE if arguments.commit else (*CODE, *RUN)
+    require_committed([path for path in origin if path.exists()])
     exported = _judge_export(config)
+    if arguments.commit:
+        commit_changed([path for path in (*RUN, *RESULTS) if path.exists()], f"Run of {config.preset}")
 
     version = registry.next_version()
     directory = paths.PRODUCTION.parent / version
@@ -65,6 +104,7 @@ def run_promote(arguments: argparse.Namespace) -> None:
         "preset": config.preset,
         "bundle": str(directory),
         "files": files,
+        "model": model,
         "source_commit": git("rev-parse", "HEAD"),
         "decision": decision,
         "exported": exported,
@@ -142,7 +182,7 @@ def _fresh_decision(config: Config) -> dict[str, Any]:
         raise CommandError(str(error)) from error
     recorded = json.loads(paths.GATE_DECISION.read_text())
     if not decided.passed:
-        raise CommandError("the gate refuses this model\n  " + "\n  ".join(decided.failed()))
+        raise ModelRefusedError("the gate refuses this model\n  " + "\n  ".join(decided.failed()))
     if recorded.get("student_sha256") != decided.student_sha256 or not recorded.get("passed"):
         raise CommandError(f"{paths.GATE_DECISION}: is of another model or refused it; run dvc repro gate")
     return decided.plain()
@@ -167,7 +207,7 @@ def _judge_export(config: Config) -> dict[str, Any]:
     """Figures of the graph's own samples, by the protocol that the model was judged by, at its first seed.
 
     Raises:
-        CommandError: an export rule fails.
+        ModelRefusedError: an export rule fails.
     """
     from ddops.stages.export_onnx import judge_exported
 
@@ -176,7 +216,7 @@ def _judge_export(config: Config) -> dict[str, Any]:
     known = {**metrics, "export": json.loads(paths.EXPORT_METRICS.read_text()), "exported": figures}
     verdicts = decide(known, config.gate.export_rules, row=config.export.row)
     if failed := [verdict.sentence() for verdict in verdicts if not verdict.passed]:
-        raise CommandError("the exported graph is refused\n  " + "\n  ".join(failed))
+        raise ModelRefusedError("the exported graph is refused\n  " + "\n  ".join(failed))
     protocol = {**metrics["protocol"], "seeds": [config.evaluate.seeds[0]]}
     return {"protocol": protocol, "figures": figures, "rules": [verdict.sentence() for verdict in verdicts]}
 

@@ -44,7 +44,8 @@ def require_committed(paths: Sequence[Path]) -> None:
     """Raises:
     CommandError: no Git repository, or something that says where the model is from is not committed.
     """
-    if changed := git("status", "--porcelain", "--", *map(str, paths)):
+    # Without a path, Git would speak of all there are.
+    if paths and (changed := git("status", "--porcelain", "--", *map(str, paths))):
         raise CommandError(
             f"not committed:\n{changed}\nA version names the commit it is from: git add, git commit, then promote again"
         )
@@ -61,6 +62,17 @@ def is_recorded(registry: Path, preset: str, version: str) -> bool:
     # GTO puts both tags on the version's own commit.
     last = max(assigned, key=lambda tag: int(tag.rpartition("#")[2]))
     return git("rev-list", "-1", last) == git("rev-list", "-1", registered)
+
+
+def commit_changed(files: Sequence[Path], message: str) -> None:
+    """Commit those of these files that changed, and nothing else.
+
+    Raises:
+        CommandError: Git refused.
+    """
+    git("add", "--", *map(str, files))
+    if git("status", "--porcelain", "--", *map(str, files)):
+        git("commit", "--quiet", "--message", message, "--", *map(str, files))
 
 
 def commit_and_tag(files: Sequence[Path], message: str, preset: str, version: str, *, new: bool) -> None:
