@@ -31,7 +31,7 @@ def settings(workspace: Path) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # SQLite has one writer at a time; the 10 s that are the default are too few when the machine is busy.
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
-        # The first start makes the database: a minute and more on a busy machine, where the default gives up after 20 s.
+        # The first start makes the database: over a minute on a busy machine, where the default gives up after 20 s.
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
         # A proxy for the outside world is none for a server on this machine.
         "no_proxy": "127.0.0.1,localhost",
