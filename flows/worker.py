@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ from flows.workspace import WORKER_PID
 
 def main() -> None:
     """Become the worker: this process goes on as it, so its runs know which parent to look for."""
+    parser = argparse.ArgumentParser(prog="python -m flows.worker", description="More arguments are Prefect's.")
+    parser.add_argument("--pool", default=POOL, help=f"default: {POOL}")
+    known, more = parser.parse_known_args()
     os.environ |= {**settings(Path.cwd()), WORKER_PID: str(os.getpid())}
-    arguments = ["-m", "prefect", "worker", "start", "--pool", POOL, *sys.argv[1:]]
+    arguments = ["-m", "prefect", "worker", "start", "--pool", known.pool, *more]
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
