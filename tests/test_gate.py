@@ -14,9 +14,9 @@ from ddops.config.evaluation import GateConfig, GateOverride, GateRule
 from ddops.config.load import compose, load_config, write_params
 from ddops.evaluation.gate import Decision, comparable, decide, gate_decision
 from ddops.evaluation.judge import new_classifier, save_classifier
-from ddops.evaluation.production import Registry, RegistryError, metrics_in_production
 from ddops.evaluation.ruler import open_ruler
 from ddops.files import sha256_file, sha256_json, write_json
+from ddops.production import Registry, RegistryError, metrics_in_production
 from ddops.stages import gate, paths
 from ddops.stages.common import StageError, drawing_of, sections
 from tiny import PARAMS, tiny

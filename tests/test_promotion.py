@@ -12,8 +12,8 @@ import test_gate
 from ddops.cli import main
 from ddops.commands import repository as repository_commands
 from ddops.config.load import compose, write_params
-from ddops.evaluation.production import Registry
 from ddops.files import sha256_file, write_json
+from ddops.production import Registry
 from ddops.serving.models import find_bundle
 from ddops.stages import paths
 from ddops.stages.common import EXIT_REFUSED

@@ -24,9 +24,9 @@ from schemathesis.specs.openapi import checks
 from starlette.exceptions import HTTPException
 
 from ddops.cli import main
-from ddops.evaluation.production import Registry
 from ddops.export.manifest import read_manifest
 from ddops.inference import OneStepPipeline
+from ddops.production import Registry
 from ddops.serving.app import WEBP_SIDE, Service, encode
 from ddops.serving.logs import JsonFormatter
 from ddops.serving.schemas import ImageRequest

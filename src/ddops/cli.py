@@ -24,9 +24,9 @@ from ddops.commands import (
 from ddops.commands.arguments import CommandError
 from ddops.config.load import ConfigError
 from ddops.evaluation.errors import MetricError
-from ddops.evaluation.production import RegistryError
 from ddops.export.errors import BundleError, ExportError
 from ddops.models.errors import CheckpointError
+from ddops.production import RegistryError
 from ddops.stages.common import EXIT_REFUSED, ModelRefusedError
 
 EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError)

@@ -24,8 +24,8 @@ from ddops.config.base import plain
 from ddops.config.load import load_config
 from ddops.config.stages import Config
 from ddops.evaluation.gate import decide
-from ddops.evaluation.production import Registry
 from ddops.files import sha256_file, sha256_json
+from ddops.production import Registry
 from ddops.stages import paths
 from ddops.stages.common import ModelRefusedError, StageError, drawing_of
 

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ddops.evaluation.production import Registry
 from ddops.export.errors import BundleError
 from ddops.export.manifest import MANIFEST, Manifest, read_manifest
 from ddops.inference.backends import load_backend
 from ddops.inference.prompts import PromptEncoder
 from ddops.inference.seeds import Draw, Pixels, condition_of, noise_of, to_pixels
+from ddops.production import REGISTRY, Registry
 from ddops.serving.batcher import Batcher
 from ddops.serving.metrics import Metrics
 from ddops.serving.settings import ServeSettings
-from ddops.stages.paths import PRODUCTION
 
 log = logging.getLogger("ddops.serving")
 
@@ -45,8 +44,8 @@ def find_bundle(place: Path) -> Path:
         NoBundle: there is none. RegistryError: the registry is damaged.
     """
     directory = place
-    if (place / PRODUCTION.name).is_file():
-        registry = Registry.load(place / PRODUCTION.name)
+    if (place / REGISTRY).is_file():
+        registry = Registry.load(place / REGISTRY)
         if registry.current is None:
             raise NoBundle(f"{place}: nothing is in production yet: ddops promote --reason WHY")
         directory = place / registry.current

@@ -19,9 +19,9 @@ from ddops.config.load import ConfigError, load_config
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import Config, DD1Config, TrajectoriesConfig
 from ddops.evaluation.errors import MetricError
-from ddops.evaluation.production import RegistryError
 from ddops.files import sha256_json, write_json
 from ddops.models.errors import CheckpointError, MayPassError
+from ddops.production import RegistryError
 from ddops.stages import launch, paths
 from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
 from ddops.trajectories.shards import DatasetError

@@ -12,8 +12,8 @@ from ddops.config.evaluation import EvaluateConfig, GateConfig
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, ExportConfig, TrajectoriesConfig
 from ddops.evaluation.gate import Decision, gate_decision
-from ddops.evaluation.production import metrics_in_production
 from ddops.files import sha256_file, sha256_json, write_json
+from ddops.production import metrics_in_production
 from ddops.stages import paths
 from ddops.stages.common import ModelRefusedError, drawing_sha256, require, run_stage
 

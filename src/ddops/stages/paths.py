@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ddops.production import REGISTRY
+
 PARAMS = Path("params.yaml")
 
 CLASSIFIER = Path("artifacts/features/classifier.safetensors")
@@ -36,7 +38,7 @@ ENGINE_METRICS = REPORTS / "engines.json"
 REPORT = REPORTS / "index.html"
 MODEL_CARD = REPORTS / "model_card.md"
 
-PRODUCTION = Path("production/registry.json")
+PRODUCTION = Path("production") / REGISTRY
 """Which model is in production, and every step that led there. In Git; the gate depends on it."""
 
 STATE = Path(".ddops/state")

@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ddops.files import write_json
+
+REGISTRY: Final = "registry.json"
+"""Its name, in the directory of the versions."""
 
 
 class RegistryError(ValueError):
