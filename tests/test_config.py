@@ -104,12 +104,13 @@ def test_an_override_of_an_unknown_key_says_what_was_meant(prefix, override, key
     assert choice in message.partition("valid: ")[2]
 
 
-def test_a_new_key_that_would_be_valid_keeps_hydras_advice():
-    """A further gate rule is legitimate, and is added with a plus."""
+def test_a_new_key_that_would_be_valid_is_to_be_added():
+    """A further gate rule is legitimate, and is added with a plus, or two."""
     rule = "gate.rules.mine={value: teacher.fid, max: 9}"
-    with pytest.raises(ConfigError, match=r"use \+gate\.rules\.mine"):
+    with pytest.raises(ConfigError, match=r"gate\.rules\.mine=.* put \+\+ before the override"):
         compose(PARAMS, [rule])
-    assert compose(PARAMS, [f"+{rule}"])["gate"]["rules"]["mine"] == {"value": "teacher.fid", "max": 9}
+    for plus in ("+", "++"):
+        assert compose(PARAMS, [f"{plus}{rule}"])["gate"]["rules"]["mine"] == {"value": "teacher.fid", "max": 9}
 
 
 @pytest.mark.parametrize(

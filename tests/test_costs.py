@@ -56,6 +56,8 @@ def test_a_real_step_of_dd1_counts_and_keeps_the_same(family):
     config = tiny(family)
     teacher, student = untrained(family)
     teacher, student = frozen_copy(teacher), frozen_copy(student).requires_grad_(True)
+    # An export that another test made of this teacher has stored the decoder's weights otherwise.
+    teacher.to(memory_format=torch.contiguous_format)
     distance = classifier_distance(DigitsClassifier(channels=32, feature_dim=8, dropout=0.0))
     batch = config.dd1.training.batch_size
     objective = dd1_objective(teacher, passes.Shapes(teacher), config.dd1, distance)

@@ -73,7 +73,13 @@ try:
         outputs=[http.InferRequestedOutput("pixels", binary_data=False)])
         for s, i, l in requests]
     pixels = [one.get_result().as_numpy("pixels").tolist() for one in waiting]
-    stats = client.get_inference_statistics("onestep_python")["model_stats"][0]
+    # A request is counted after it was answered.
+    deadline = time.monotonic() + 30
+    while True:
+        stats = client.get_inference_statistics("onestep_python")["model_stats"][0]
+        if stats["inference_count"] >= 2 * len(requests) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
     print(json.dumps({"pixels": pixels, "inferences": stats["inference_count"]}))
 finally:
     process.terminate()
