@@ -17,7 +17,7 @@ import httpx
 import tiny_pipeline
 from flows import environment
 
-PATIENCE = 300
+PATIENCE = 600
 """Seconds to wait for something to happen, on a machine that is busy with other things."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
