@@ -30,8 +30,10 @@ def main() -> None:
     url = f"http://{arguments.host}:{arguments.port}"
     env = {**os.environ, **settings(workspace), "PREFECT_API_URL": f"{url}/api"}
     home = Path(env["PREFECT_HOME"])
-    # As Ctrl-C does: leave through the `with` below, which ends server and worker.
-    signal.signal(signal.SIGTERM, _leave)
+    # Leave through the `with` below, which ends server and worker. SIGINT too: started in the background of a script,
+    # this process would not hear it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
     serve = ["-m", "prefect", "server", "start", "--host", arguments.host, "--port", str(arguments.port)]
     with (
         suppress(KeyboardInterrupt),
