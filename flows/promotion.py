@@ -21,12 +21,7 @@ COMMAND = [sys.executable, "-m", "ddops.cli", "promote", "--commit", "--if-new"]
 
 
 @task(
-    name="promote",
-    task_run_name="promote",
-    retries=RETRIES,
-    retry_condition_fn=may_pass,
-    cache_policy=NO_CACHE,
-    persist_result=False,
+    task_run_name="promote", retries=RETRIES, retry_condition_fn=may_pass, cache_policy=NO_CACHE, persist_result=False
 )
 def promote(reason: str, workspace: Path, lock: int) -> State[Any]:
     """Commit what the run made, and promote it with the reason, in the run's name; cached if production has it."""
