@@ -56,7 +56,7 @@ KINDS: Final[dict[str, dict[str, dict[int, list[str]]]]] = {
         "images": {
             batch: [
                 *("reference_1_bf16", "plain_1_bf16", "lean_1_bf16", "lean_2_bf16", "lean_1_bf16_compile"),
-                *("lean_1_bf16_graph", "onnx_1", "teacher_bf16", "involved_bf16"),
+                *("lean_1_bf16_graph", "onnx_1", "onnx_1_fp16", "tensorrt_1_fp16", "teacher_bf16", "involved_bf16"),
             ]
             for batch in (1, 8, 64)
         },
@@ -151,7 +151,7 @@ def measure(
 
 def counts_flops(name: str) -> bool:
     """PyTorch counts what it dispatches one by one."""
-    return not {"onnx", "compile", "graph"} & {*name.split("_")}
+    return not {"onnx", "tensorrt", "compile", "graph"} & {*name.split("_")}
 
 
 def matmul_tflops() -> float:

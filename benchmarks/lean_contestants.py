@@ -1,6 +1,6 @@
 """What ``lean.py`` times: ways from noise, or from a class, to tokens or images, of one preset with random weights.
 
-A contestant is named ``WAY[_STEPS][_bf16][_compile|_graph]``:
+A contestant is named ``WAY[_STEPS][_bf16|_fp16][_compile|_graph]``:
 
 - ``reference``: as the released code does it: every position compared with the whole codebook, in differences, the
   noise/data layers applied at every position, a dense bias, logits for all positions, both steps in full;
@@ -8,7 +8,8 @@ A contestant is named ``WAY[_STEPS][_bf16][_compile|_graph]``:
 - ``lean``: what users run;
 - ``teacher``: KV-cached, adaptive norms once, both halves of guidance in one batch;
 - ``involved``: teacher-involved sampling, levels as in the paper's table;
-- ``onnx``: the exported lean graph in ONNX Runtime (images only).
+- ``onnx``, ``tensorrt``: the exported lean graph in ONNX Runtime, and in a TensorRT engine built here for this GPU and
+  batch (images only). These two take fp16, the others bf16.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -26,13 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddops.export.graph import OneStepGraph
-from ddops.export.onnx import export_onnx
-from ddops.export.session import open_session, run_session
+from ddops.config.stages import EngineConfig, GraphPrecision, ProfileConfig
+from ddops.export.bundle import Sources, write_bundle
+from ddops.export.engines import build_engines
+from ddops.export.lean import make_lean
+from ddops.export.manifest import MANIFEST, read_manifest
+from ddops.export.tensorrt import CURRENT, installed_flavour
+from ddops.inference.backends import load_backend
 from ddops.models.interface import Student, Teacher
 from ddops.models.reduced import to_bfloat16
 from ddops.models.registry import build_student, build_teacher
 from ddops.models.var_student import VARStudent
+from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.mixed import sample_teacher_involved
 from ddops.sampling.noise import Stream, normals, uniforms
@@ -82,10 +88,11 @@ class Contest:
         """The contestant of that name, ready to run; raises ValueError for a name that is none."""
         way, *options = name.split("_")
         steps = int(options.pop(0)) if options and options[0].isdigit() else 1
-        if unknown := {*options} - {"bf16", "compile", "graph"}:
+        exported = way in ("onnx", "tensorrt")
+        if unknown := {*options} - ({"fp16"} if exported else {"bf16", "compile", "graph"}):
             raise ValueError(f"{name}: unknown {', '.join(sorted(unknown))}")
-        if way == "onnx":
-            return self._onnx(steps)
+        if exported:
+            return self._exported(way, steps, "float16" if options else "float32")
         half = "bf16" in options
         draw = {
             "reference": self._reference,
@@ -139,19 +146,37 @@ class Contest:
         arguments = self.noise_BLC, self.labels_B, levels, self._prefix, self.config.sampling, self._pick
         return lambda: decode(sample_teacher_involved(student, teacher, *arguments))
 
-    def _onnx(self, steps: int) -> Run:
+    def _exported(self, way: str, steps: int, precision: GraphPrecision) -> Run:
         if not self.images:
             raise ValueError("the exported graph draws images; time it beside those")
-        path = self.work / f"{self.config.preset}-{steps}.onnx"
-        if not path.exists():
-            graph = OneStepGraph(
-                self._student(False), self._tokenizer(False, True), self._starts(steps), self._prefix
-            ).cpu()
-            example = self._noise(2).cpu(), torch.arange(2)
-            export_onnx(graph, *example, path, opset=self.config.export.opset, precision="float32", metadata={})
-        session = open_session(path, self.device, torch.get_num_threads())
-        noise, labels = self.noise_BLC.cpu().numpy(), self.labels_B.cpu().numpy()
-        return lambda: run_session(session, noise, labels)
+        bundle = self._bundle(steps, precision)
+        if way == "tensorrt":
+            profile = ProfileConfig(min=1, opt=self.batch, max=self.batch)
+            engine = EngineConfig(flavour=installed_flavour(()), targets=(CURRENT,), profile=profile)
+            build_engines(bundle, bundle, engine, None, lambda phase, done, total: None)
+        backend = load_backend(bundle, read_manifest(bundle), way, device=self.device, threads=torch.get_num_threads())
+        noise_BLC, labels_B = self.noise_BLC.cpu().numpy(), self.labels_B.cpu().numpy()
+        return lambda: backend.draw(noise_BLC, labels_B)
+
+    def _bundle(self, steps: int, precision: GraphPrecision) -> Path:
+        """The student and the decoder, exported. Two images are compared with PyTorch's, loosely in half precision."""
+        directory = self.work / f"{self.config.preset}-{steps}-{precision}"
+        if (directory / MANIFEST).exists():
+            return directory
+        directory.mkdir(parents=True, exist_ok=True)
+        model, files = self.config.teacher.model, {STUDENT: self.student, TOKENIZER: self.teacher.tokenizer}
+        for name, module in files.items():
+            save_weights(directory / f"{name}.safetensors", module.state_dict(), model, name)
+        half = precision != "float32"
+        bounds = (None, 20.0, 0.5) if half else (1e-4, 60.0, 1.0)
+        settings = replace(
+            self.config.export,
+            **{"precision": precision, "steps": steps, "parity_count": 2},
+            **dict(zip(("tolerance", "min_psnr", "min_equal_tokens"), bounds, strict=True)),
+        )
+        weights = (directory / f"{name}.safetensors" for name in files)
+        write_bundle(directory, Sources(*weights, self.config.dd1.start_positions, self._prefix), settings, {})
+        return directory
 
     # how they run
 
@@ -224,9 +249,9 @@ class Contest:
 
     def _tokenizer(self, half: bool, lean: bool) -> Any:
         tokenizer = copy.deepcopy(self.teacher.tokenizer)
-        if half:
-            tokenizer = to_bfloat16(tokenizer, ("decoder.norm_out", "decoder.conv_out"))
-        return tokenizer.to(memory_format=torch.channels_last) if lean else tokenizer  # type: ignore[call-overload]
+        if lean:
+            tokenizer = make_lean(tokenizer)
+        return to_bfloat16(tokenizer, ("decoder.norm_out", "decoder.conv_out")) if half else tokenizer
 
     def _decode(self, half: bool, *, lean: bool) -> Callable[[Tensor], Tensor]:
         if not self.images:

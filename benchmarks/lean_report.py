@@ -96,11 +96,25 @@ def tables(results: dict[str, Any]) -> list[str]:
                 "",
             ]
         if tflops := results.get("matmul_tflops"):
-            floors = {n: f["gflop_an_image"] * int(batch) / tflops for n, f in part.items() if "gflop_an_image" in f}
-            lines += [
-                f"Floor at {tflops:.0f} TFLOP/s, ms a batch: " + ", ".join(f"{n} {f:.2f}" for n, f in floors.items()),
-                "",
-            ]
+            lines += [*throughput(part, int(batch), tflops), ""]
+    return lines
+
+
+def throughput(part: dict[str, Any], batch: int, tflops: float) -> list[str]:
+    """Images a second, and each time over its floor: the arithmetic at the rate of a large product in bfloat16. A pass
+    that PyTorch cannot count (compiled, captured, exported) computes what the lean one of as many steps does."""
+    lines = [f"Floor: {tflops:.0f} TFLOP/s in bfloat16.", ""]
+    lines += ["| | images a second | ms a batch | floor, ms | times the floor |", "|---|---|---|---|---|"]
+    for name, figures in part.items():
+        _, *options = name.split("_")
+        steps = options[0] if options and options[0].isdigit() else "1"
+        counted = [each for each in (name, f"lean_{steps}_bf16") if "gflop_an_image" in part.get(each, {})]
+        if not counted:
+            continue
+        seconds = statistics.median(figures["seconds"])
+        floor = part[counted[0]]["gflop_an_image"] * batch / tflops / 1e3
+        cells = f"{batch / seconds:,.1f}", f"{1e3 * seconds:.2f}", f"{1e3 * floor:.2f}", f"{seconds / floor:.2f}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

@@ -1,5 +1,6 @@
 """The exported graph: one pass through the student a step, the images of PyTorch, the same bytes each time."""
 
+import copy
 import math
 import socket
 import sys
@@ -49,7 +50,7 @@ def inputs(layout, batch, seed=0):
 
 def export(family, starts, path, precision="float32", **options):
     """Both heads have a say: logits for the first half of the levels, embeddings for the rest."""
-    teacher, student = untrained(family)
+    teacher, student = copy.deepcopy(untrained(family))
     graph = OneStepGraph(student, teacher.tokenizer, starts, student.layout.num_levels // 2).eval()
     example = inputs(student.layout, 2)
     options = {"opset": 18, "precision": precision, **options}

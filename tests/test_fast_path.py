@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ddops.evaluation.drawing import sample_noise
 from ddops.export.graph import OneStepGraph
+from ddops.export.lean import Doubled, make_lean
 from ddops.models import level_attention
+from ddops.models.autoencoder import upsample
 from ddops.models.interface import FullPasses, Student
 from ddops.models.layout import LevelLayout, noise_data_rows
 from ddops.models.level_attention import LevelAttention, student_mask
@@ -53,7 +55,26 @@ def test_lean_images_are_the_plain_ones(family: str, starts: tuple[int, ...], sh
     prefix = round(share_of_logits * student.layout.num_levels)
     lean_BLC, plain_BLC = (sample(student, *arguments, prefix) for sample in (sample_student, plain_sample))
     torch.testing.assert_close(lean_BLC, plain_BLC, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(teacher.decode(lean_BLC), teacher.decode(plain_BLC), atol=1e-4, rtol=0)
+    images_BIHW = make_lean(copy.deepcopy(teacher.tokenizer)).decode(lean_BLC)
+    torch.testing.assert_close(images_BIHW, teacher.decode(plain_BLC), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (5, 7)])
+def test_a_doubling_and_its_convolution_are_one_on_the_small_map(sides: tuple[int, int]) -> None:
+    """To rounding in float64, at the border too."""
+    torch.manual_seed(0)
+    plain = upsample(6).double()
+    x_BKhw = torch.randn(2, 6, *sides, dtype=torch.float64)
+    torch.testing.assert_close(Doubled(plain[1])(x_BKhw), plain(x_BKhw), atol=1e-14, rtol=0)
+
+
+@FAMILIES
+def test_a_lean_decoder_doubles_no_map(family: str) -> None:
+    teacher, _ = untrained(family)
+    lean = make_lean(copy.deepcopy(teacher.tokenizer)).decoder
+    doublings = sum(isinstance(part, nn.Upsample) for part in teacher.tokenizer.decoder.modules())
+    assert sum(isinstance(part, Doubled) for part in lean.modules()) == doublings > 0
+    assert not any(isinstance(part, nn.Upsample) for part in lean.modules())
 
 
 @FAMILIES
@@ -183,8 +204,8 @@ def test_data_rows_come_first() -> None:
 @torch.inference_mode()
 def test_in_bfloat16_products_are_rounded_and_heads_are_not(family: str) -> None:
     """Read off what each layer takes and gives; and most tokens fall as they did."""
-    teacher, student = untrained(family)
-    graph = OneStepGraph(student, copy.deepcopy(teacher.tokenizer), (0,), student.layout.num_levels // 2).eval()
+    teacher, student = copy.deepcopy(untrained(family))
+    graph = OneStepGraph(student, teacher.tokenizer, (0,), student.layout.num_levels // 2).eval()
     expected_ids = graph.draw(noise_for(family), LABELS)[1]
     rounded = to_bfloat16(copy.deepcopy(graph), graph.whole_modules)
     kinds: dict[str, torch.dtype] = {}

@@ -3,16 +3,17 @@ pass."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from ddops.export.lean import make_lean
 from ddops.models.conditions import Captions, Condition
 from ddops.models.interface import Student, Tokenizer
 from ddops.sampling.few_step import sample_sequence
 
 
 class OneStepGraph(nn.Module):
-    """Student and image decoder as one module: ``(noise_BLC, class_label_B) -> images_BIHW`` clamped to [-1, 1]."""
+    """Student and image decoder as one module: ``(noise_BLC, class_label_B) -> images_BIHW`` clamped to [-1, 1]. The
+    tokenizer is made lean, in place."""
 
     input_names: tuple[str, ...] = ("noise", "class_label")
 
@@ -21,7 +22,7 @@ class OneStepGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.tokenizer = make_lean(tokenizer)
         self.start_positions = start_positions
         self.logit_prefix = logit_prefix
         self.register_buffer("codebook_VC", tokenizer.codebook_VC.detach().clone())
