@@ -1,6 +1,9 @@
 """The flow over a codebook: its solvers against closed forms, a fine float64 solve, and the distribution itself."""
 
+import re
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +270,34 @@ def test_memory_is_bounded_whatever_the_batch(solver, monkeypatch):
     with LargestTensor() as largest:
         flow_map(noise, log_p, codebook, solver=solver, evaluations=8)
     assert 32 * 400 < largest.elements <= 2 * 32 * 500
+
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)], ids=["plain", "compiled"])
+def test_peak_memory_is_far_from_tokens_times_codes_times_width(compiled):
+    """What the process needed at most while it solved, against the 512 MiB that (N, V, C) numbers would take."""
+    noise, log_p, codebook = problem(1024, 4096, 32, dtype=torch.float32, sharpness=2.0)
+    flow_map(noise[:200], log_p[:200], codebook, compiled=compiled)  # compiles
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = resident("VmRSS")
+    flow_map(noise, log_p, codebook, compiled=compiled)
+    assert resident("VmHWM") - before < 64 * 2**20
+
+
+def resident(key):
+    """A figure of this process's memory, in bytes."""
+    return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+@COMPILER
+def test_the_compiled_map_is_the_plain_one():
+    """Tokens at whose end rounding decides may differ; of 2,000 at most two."""
+    noise, log_p, codebook = problem(2000, 64, 4, dtype=torch.float32)
+    plain, compiled = (solve_flow(noise, log_p, codebook, compiled=compiled) for compiled in (False, True))
+    assert (plain.ids_N == compiled.ids_N).sum() >= 1998
+    assert (plain.evaluations_N - compiled.evaluations_N).abs().double().mean() < 0.05
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

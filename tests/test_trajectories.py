@@ -303,7 +303,9 @@ OTHER_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), OTHER_SETTINGS, ids=str)
+@pytest.mark.parametrize(
+    ("changes", "said"), [*OTHER_SETTINGS, ({"compiled": True}, "compiled None, now True")], ids=str
+)
 def test_other_settings_refuse_to_mix_and_say_what_differs(copy, complete, changes, said):
     with pytest.raises(SettingsDiffer, match=rf"{NAMES[0]}: made with other settings: {said}\. Restore"):
         make(copy, **changes)

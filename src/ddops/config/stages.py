@@ -107,6 +107,8 @@ class FlowMapConfig:
     """Evaluations of the posterior mean a token; of ``adaptive`` the most that one may take, not the usual number."""
     tolerance: PositiveFloat
     """Error of a step that ``adaptive`` aims at; the others do not read it."""
+    compiled: bool = False
+    """Compile the posterior step of ``adaptive`` (torch.compile): half a minute at the start, other rounding."""
 
 
 @config

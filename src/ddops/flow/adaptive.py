@@ -14,7 +14,9 @@ Shape suffixes: N tokens, V codes, C embedding width; A the tokens still under w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Final, NamedTuple, Self
 
 import torch
@@ -30,6 +32,9 @@ SAFETY: Final = 0.9
 MARGIN: Final = 5.0
 """A code is decided when the log-odds of all others together stay below minus this from here on."""
 
+Moments = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""See :func:`posterior_moments`."""
+
 
 class Solution(NamedTuple):
     """Where the flow takes each token, and what that cost."""
@@ -40,7 +45,14 @@ class Solution(NamedTuple):
 
 
 def solve_adaptive(
-    z_NC: Tensor, log_p_NV: Tensor, codebook_VC: Tensor, *, tolerance: float, evaluations: int, from_r: float = 0.0
+    z_NC: Tensor,
+    log_p_NV: Tensor,
+    codebook_VC: Tensor,
+    *,
+    tolerance: float,
+    evaluations: int,
+    from_r: float = 0.0,
+    compiled: bool = False,
 ) -> Solution:
     """Follow each token until its code is decided, or ``evaluations`` are spent.
 
@@ -49,22 +61,50 @@ def solve_adaptive(
 
     ``tolerance`` is what a step's estimated error is steered to: the root-mean-square of z's correction (the noise's
     is 1) times the posterior's spread over the codebook's, so that an error counts while it can still change the code.
+    With ``compiled`` the posterior goes through :func:`torch.compile`, which joins the passes over its (A, V) weights.
     """
-    found, blurred_N = _solve(z_NC, from_r, log_p_NV, codebook_VC, tolerance, evaluations)
+    moments = _compiled_moments() if compiled else posterior_moments
+    found, blurred_N = _solve(z_NC, from_r, log_p_NV, codebook_VC, tolerance, evaluations, moments)
     index = blurred_N.nonzero()[:, 0]
     if len(index) and z_NC.dtype == torch.float32:
         doubled = z_NC[index].double(), from_r, log_p_NV[index].double(), codebook_VC.double()
-        sharp, _ = _solve(*doubled, tolerance, evaluations)
+        sharp, _ = _solve(*doubled, tolerance, evaluations, moments)
         found.ids_N[index] = sharp.ids_N
         found.evaluations_N[index] += sharp.evaluations_N
     return found
 
 
+def posterior_moments(
+    z_AC: Tensor, r_A1: Tensor, log_p_AV: Tensor, in_KV: Tensor, out_VK: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The posterior's mean (A, C), spread (A, 1), likeliest code (A,) and that code's weight (A,); the codebook as
+    :class:`_Problem` has it."""
+    logits_AV = torch.addmm(log_p_AV, torch.cat([r_A1 * z_AC, r_A1.square()], 1), in_KV)
+    weights_AV = logits_AV.softmax(-1)
+    weight_A, leader_A = weights_AV.max(-1)
+    moments_AK = weights_AV @ out_VK
+    mean_AC = moments_AK[:, :-1]
+    variance_A1 = 2 * moments_AK[:, -1:] - mean_AC.square().sum(-1, keepdim=True)
+    return mean_AC, variance_A1.clamp_min(0).sqrt(), leader_A, weight_A
+
+
+@cache
+def _compiled_moments() -> Moments:
+    """Once for all numbers of tokens, of which a solve has many."""
+    return torch.compile(posterior_moments, dynamic=True)
+
+
 def _solve(
-    z_NC: Tensor, from_r: float, log_p_NV: Tensor, codebook_VC: Tensor, tolerance: float, evaluations: int
+    z_NC: Tensor,
+    from_r: float,
+    log_p_NV: Tensor,
+    codebook_VC: Tensor,
+    tolerance: float,
+    evaluations: int,
+    moments: Moments,
 ) -> tuple[Solution, Tensor]:
     """The solution in the given precision, and a mask (N,) of the tokens that this precision cannot decide."""
-    problem = _Problem.of(codebook_VC)
+    problem = _Problem.of(codebook_VC, moments)
     ids_N = torch.zeros(len(z_NC), dtype=torch.long, device=z_NC.device)
     found, blurred_N = Solution(ids_N, torch.ones_like(ids_N)), torch.zeros_like(ids_N, dtype=torch.bool)
     tokens, leader_A, weight_A = _start(problem, z_NC, from_r, log_p_NV, tolerance)
@@ -176,9 +216,11 @@ class _Problem:
     """Where the arithmetic can tell codes apart no further."""
     same_code: float
     """Squared distance below which the arithmetic takes two codes for one."""
+    moments: Moments
+    """:func:`posterior_moments`, compiled or not."""
 
     @classmethod
-    def of(cls, codebook_VC: Tensor) -> Self:
+    def of(cls, codebook_VC: Tensor, moments: Moments) -> Self:
         centre_C = codebook_VC.mean(0)
         codes_VC = codebook_VC - centre_C
         half_norms_V = 0.5 * codes_VC.square().sum(-1)
@@ -193,6 +235,7 @@ class _Problem:
             spread=spread,
             last_r=0.1 / math.sqrt(rounding) / spread,
             same_code=100 * rounding * spread**2,
+            moments=moments,
         )
 
     def first_step(self, tolerance: float) -> float:
@@ -200,14 +243,8 @@ class _Problem:
         return FIRST_STEP * tolerance ** (1 / 3) / self.spread  # type: ignore[no-any-return]
 
     def evaluate(self, z_AC: Tensor, r_A1: Tensor, log_p_AV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The posterior's mean (A, C), spread (A, 1), likeliest code (A,) and that code's weight (A,)."""
-        logits_AV = torch.addmm(log_p_AV, torch.cat([r_A1 * z_AC, r_A1.square()], 1), self.in_KV)
-        weights_AV = logits_AV.softmax(-1)
-        weight_A, leader_A = weights_AV.max(-1)
-        moments_AK = weights_AV @ self.out_VK
-        mean_AC = moments_AK[:, :-1]
-        variance_A1 = 2 * moments_AK[:, -1:] - mean_AC.square().sum(-1, keepdim=True)
-        return mean_AC, variance_A1.clamp_min(0).sqrt(), leader_A, weight_A
+        """See :func:`posterior_moments`."""
+        return self.moments(z_AC, r_A1, log_p_AV, self.in_KV, self.out_VK)
 
     def decided(self, tokens: _Tokens, leader_A: Tensor, weight_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Masks (A,): tokens whose code can change no more, tokens that were put to the test, and tokens whose

@@ -48,6 +48,7 @@ def flow_map(
     solver: Solver = "adaptive",
     evaluations: int = MOST_EVALUATIONS,
     tolerance: float = TOLERANCE,
+    compiled: bool = False,
 ) -> Tensor:
     """Token ids (N,), int64: where the flow takes each ``noise``, given each token's log-probabilities.
 
@@ -59,12 +60,19 @@ def flow_map(
         evaluations: for ``adaptive`` the most posterior means that a token may take. For the others those on the grid
             (a Heun step takes two); the test whether the code is decided, and the way on where it is not, come on top.
         tolerance: error of a step of ``adaptive``, and of the others' way beyond their grid.
+        compiled: compile the posterior step of ``adaptive``.
 
     Raises:
         ValueError: fewer than two evaluations, or a token without a distribution (NaN, or no code at all).
     """
     return solve_flow(
-        noise_NC, log_p_NV, codebook_VC, solver=solver, evaluations=evaluations, tolerance=tolerance
+        noise_NC,
+        log_p_NV,
+        codebook_VC,
+        solver=solver,
+        evaluations=evaluations,
+        tolerance=tolerance,
+        compiled=compiled,
     ).ids_N
 
 
@@ -76,6 +84,7 @@ def solve_flow(
     solver: Solver = "adaptive",
     evaluations: int = MOST_EVALUATIONS,
     tolerance: float = TOLERANCE,
+    compiled: bool = False,
 ) -> Solution:
     """:func:`flow_map` with the evaluations each token took. Computes in float32, or in float64 if given that."""
     if evaluations < 2:
@@ -86,7 +95,7 @@ def solve_flow(
         raise ValueError("the flow map was given log-probabilities that are NaN, infinite or zero for every code")
     solve: Solve
     if solver == "adaptive":
-        solve = partial(solve_adaptive, tolerance=tolerance, evaluations=evaluations)
+        solve = partial(solve_adaptive, tolerance=tolerance, evaluations=evaluations, compiled=compiled)
     else:
         solve = partial(_solve_fixed, *_FIXED[solver], evaluations, tolerance)
     elements = CHUNK_ELEMENTS.get(noise_NC.device.type, OTHER_CHUNK_ELEMENTS)

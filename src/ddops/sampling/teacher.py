@@ -75,6 +75,7 @@ def flow_picker(layout: LevelLayout, codebook_VC: Tensor, noise_BLC: Tensor, con
             solver=config.solver,
             evaluations=config.evaluations,
             tolerance=config.tolerance,
+            compiled=config.compiled,
         )
         return ids_N.view(noise_BlC.shape[:2])
 

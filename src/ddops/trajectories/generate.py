@@ -134,6 +134,8 @@ class Job:
             "evaluations": config.evaluations,
             "tolerance": config.tolerance,
             "precision": config.precision,
+            # Named where it is so: the bytes of other shards stay what they were.
+            **({"compiled": True} if config.compiled else {}),
             "shard_size": config.shard_size,
             # Rounding in a matrix product may depend on its size, and a rounding error can move a token.
             "batch_size": config.batch_size,
