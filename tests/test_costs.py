@@ -12,7 +12,7 @@ from ddops.costs.devices import DEVICES, Device, UnknownDevice, find_device, pro
 from ddops.costs.ledger import Ledger, Operator, kept_bytes, shapes_only, without_values
 from ddops.costs.stages import predict
 from ddops.distill.dd1 import dd1_objective
-from ddops.export.lean import make_lean
+from ddops.export.lean import join_doublings
 from ddops.losses.perceptual import classifier_distance
 from ddops.models.classifier import DigitsClassifier
 from ddops.training.loop import frozen_copy
@@ -46,7 +46,7 @@ def test_a_lean_decoder_computes_a_tenth_less(preset, gflop):
     """Worked out by hand: a convolution after a doubling takes 16 products on (side + 1)^2 places, not 36 on side^2."""
     with shapes_only():
         teacher, _ = passes.teacher_and_student(load_preset(preset, PARAMS).config.teacher.model)
-        make_lean(teacher.tokenizer)
+        join_doublings(teacher.tokenizer)
         assert passes.decode_work(teacher, 1).flops / 1e9 == pytest.approx(gflop, rel=0.001)
 
 

@@ -49,13 +49,17 @@ class Doubled(nn.Module):
 def make_lean(tokenizer: ModuleT) -> ModuleT:
     """A tokenizer ready to decode: changed in place, its parameters' names included, so not to be saved.
 
-    A doubling of the sides and its convolution become :class:`Doubled`, and convolutions' weights are stored
-    channels-last, so that no input is reordered.
+    Beside :func:`join_doublings`, convolutions' weights are stored channels-last, so that no input is reordered.
     """
+    join_doublings(tokenizer)
+    tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return tokenizer
+
+
+def join_doublings(tokenizer: nn.Module) -> None:
+    """Each doubling of the sides and its convolution become one :class:`Doubled`, in place."""
     for stage in [part for part in tokenizer.modules() if isinstance(part, Stage)]:
         if isinstance(stage.resample, nn.Sequential) and isinstance(stage.resample[0], nn.Upsample):
             convolution = stage.resample[1]
             assert isinstance(convolution, nn.Conv2d)
             stage.resample = Doubled(convolution).train(stage.training)
-    tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return tokenizer
