@@ -81,18 +81,26 @@ def main() -> None:
         parser.error(f"{arguments.output} holds figures of {results['device']}")
     if arguments.action == "measure":
         preset, kind, batch, *names = arguments.part
-        names = names or KINDS[arguments.device][kind][int(batch)]
-        measure(results, arguments, preset, kind, int(batch), names)
+        measure(results, arguments, preset, kind, int(batch), names or contestants(arguments.device, kind, int(batch)))
     elif arguments.action == "launches":
         count_launches(results, arguments, arguments.part[0])
     elif arguments.action == "run":
         for preset in PRESETS:
             count_launches(results, arguments, preset)
             for kind, batches in KINDS[arguments.device].items():
-                for batch, names in batches.items():
-                    measure(results, arguments, preset, kind, batch, names)
+                for batch in batches:
+                    measure(results, arguments, preset, kind, batch, contestants(arguments.device, kind, batch))
     if arguments.action in ("run", "report"):
         write_report(results, arguments.output.with_suffix(""))
+
+
+def contestants(device: str, kind: str, batch: int) -> list[str]:
+    """Whom a part times. A processor without instructions for bfloat16 stands them in, slowly: there all run in
+    float32."""
+    names = KINDS[device][kind][batch]
+    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        names = list(dict.fromkeys(name.replace("_bf16", "") for name in names))
+    return names
 
 
 def new_results(device: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ddops.models.interface import Student, Teacher
 from ddops.models.registry import build_student, build_teacher
 from ddops.models.weights_dd2 import as_backbone
 from ddops.torchvision_compat import define_missing_operators
-from ddops.training.loop import build_optimizers, frozen_copy, update, update_ema
+from ddops.training.loop import build_optimizers, compile_blocks, frozen_copy, update, update_ema
 from ddops.training.replicas import Replicas
 from ddops.trajectories.dataset import TrajectoryBatch
 
@@ -83,7 +83,7 @@ def random_lpips(memory_format: torch.memory_format) -> PerceptualDistance:
     return lambda a_BIHW, b_BIHW: network(a_BIHW, b_BIHW).flatten()
 
 
-def dd1_step(config: Config, teacher: Teacher, batch: int, *, decode: bool) -> Step:
+def dd1_step(config: Config, teacher: Teacher, batch: int, *, decode: bool, compiled: bool = False) -> Step:
     """Objective, backward pass, optimiser, EMA; without the decoder where ``decode`` is false."""
     assert isinstance(config.dd1, TrainedDD1Config)
     student = build_student(config.teacher.model)
@@ -96,6 +96,8 @@ def dd1_step(config: Config, teacher: Teacher, batch: int, *, decode: bool) -> S
         distance = classifier_distance(new_classifier(config.features))
     objective = dd1_objective(teacher, Fixed(teacher), config.dd1, distance)
     optimizers, ema = build_optimizers(student, config.dd1.training), frozen_copy(student)
+    if compiled:
+        compile_blocks(student)
 
     def step() -> None:
         values = objective(student, torch.arange(batch), 0)
@@ -174,13 +176,19 @@ def measure(case: str, params: Path) -> dict[str, Any]:
     elif case.endswith("_dd2"):
         steps = dd2_steps(config, teacher, batch)
     else:
-        steps = {"step": dd1_step(config, teacher, batch, decode=preset == "digits")}
+        decode = preset == "digits"
+        steps = {
+            "step": dd1_step(config, teacher, batch, decode=decode),
+            "step, blocks compiled": dd1_step(config, teacher, batch, decode=decode, compiled=True),
+        }
     result: dict[str, Any] = {"preset": preset, "overrides": overrides, "batch": batch, "matmul_gflops": rate / 1e9}
     flops = {}
     for name, step in steps.items():
-        if case.endswith("_perceptual") and flops:
-            # The same work in another layout or precision; a pass takes a minute.
+        if flops and not case.endswith("_dd2"):
+            # The same work in another way. Warmed up too, but where a pass takes a minute.
             flops[name] = next(iter(flops.values()))
+            if not case.endswith("_perceptual"):
+                step()
             continue
         with FlopCounterMode(display=False) as counter:
             step()
