@@ -19,6 +19,11 @@ import torch
 from ddops.files import write_json
 
 
+def has_bfloat16() -> bool:
+    """Whether PyTorch has products in bfloat16 for this processor that are not float32's in disguise."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def run_cases(description: str | None, cases: Iterable[str], measure: Callable[[str, Path], dict[str, Any]]) -> None:
     """Measure the cases that the command line names, or all; ``measure(case, params)`` gives the figures."""
     known = list(cases)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from cases import has_bfloat16
 from lean_contestants import Contest, Run
 from lean_report import write_report
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,10 +96,9 @@ def main() -> None:
 
 
 def contestants(device: str, kind: str, batch: int) -> list[str]:
-    """Whom a part times. A processor without instructions for bfloat16 stands them in, slowly: there all run in
-    float32."""
+    """Whom a part times; on a processor that has no bfloat16, all in float32."""
     names = KINDS[device][kind][batch]
-    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device == "cpu" and not has_bfloat16():
         names = list(dict.fromkeys(name.replace("_bf16", "") for name in names))
     return names
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import run_cases
+from cases import has_bfloat16, run_cases
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,7 +129,7 @@ def dd2_steps(config: Config, teacher: Teacher, batch: int) -> dict[str, Step]:
 
 
 def perceptual_steps(teacher: Teacher) -> dict[str, Step]:
-    """Decoding a prediction and a target, LPIPS, and the gradient in the prediction, in three settings."""
+    """Decoding a prediction and a target, LPIPS, and the gradient in the prediction, in each setting."""
     generator = torch.Generator().manual_seed(0)
     shape = 1, teacher.layout.length, teacher.codebook_VC.shape[1]
     predicted_BLC = torch.randn(shape, generator=generator).requires_grad_()
@@ -143,11 +143,13 @@ def perceptual_steps(teacher: Teacher) -> dict[str, Step]:
 
     formats = torch.contiguous_format, torch.channels_last
     distances = {memory_format: random_lpips(memory_format) for memory_format in formats}
-    return {
+    steps: dict[str, Step] = {
         "float32": lambda: step(torch.contiguous_format, half=False),
         "float32, channels last": lambda: step(torch.channels_last, half=False),
-        "bfloat16, channels last": lambda: step(torch.channels_last, half=True),
     }
+    if has_bfloat16():
+        steps["bfloat16, channels last"] = lambda: step(torch.channels_last, half=True)
+    return steps
 
 
 def matmul_rate(size: int = 1536) -> float:
