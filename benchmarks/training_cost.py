@@ -1,0 +1,135 @@
+"""What a one-step generator costs: DD1 alone beside a short DD1 that DD2 takes over, FID against teacher passes.
+
+    python benchmarks/training_cost.py WORKSPACE --preset digits --output benchmarks/results/training_cost_digits.json
+
+WORKSPACE is where the preset's stages up to ``distill_dd1`` ran; nothing there is changed. The short way takes its
+judge and teacher, and trains anew from fewer trajectories. FIDs are those of the stages' own curves (one seed of
+noise); passes are of the teacher over a whole sequence, trajectories included, as
+:func:`dd2_variants.training_passes` counts them. Run it again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import yaml
+from dd2_variants import training_passes
+
+from ddops.config.load import compose, validate, write_params
+from ddops.config.stages import Config
+from ddops.evaluation.report import read_curve
+from ddops.files import atomic_path, write_json
+
+SHORT: Final = (
+    *("trajectories.count=8000", "dd1.training.steps=250", "dd1.training.warmup_steps=25", "dd1.evaluate_every=50"),
+    *("dd2.guidance.alignment_steps=20", "dd2.guidance.updates=1", "dd2.anchor_weight=0.0"),
+    *("dd2.training.steps=50", "dd2.evaluate_every=10", "ar_diffusion=none"),
+)
+"""Settings of the short way; ``--override`` adds to them."""
+STAGES: Final = ("captions", "trajectories", "distill_dd1", "distill_dd2")
+GIVEN: Final = ("artifacts/features", "artifacts/teacher")
+Points = list[tuple[float, float]]
+"""Passes so far, and the FID of one step there."""
+
+
+def points(place: Path, config: Config) -> Points:
+    """DD1's curve, and DD2's behind it where it ran."""
+    assert config.dd1.source == "train"
+    passes = training_passes(config)
+    spent, a_step = passes["trajectories"], passes["distill_dd1"] / config.dd1.training.steps
+    found = [(spent + a_step * step, fid) for step, fid in curve(place, "dd1")]
+    spent += passes["distill_dd1"] + passes.get("dd2_alignment", 0.0)
+    return found + [(spent + passes.get("dd2_update", 0.0) * step, fid) for step, fid in curve(place, "dd2")]
+
+
+def curve(place: Path, name: str) -> list[tuple[int, float]]:
+    file = place / "reports/curves" / name / "plots/metrics/fid_1step.tsv"
+    return list(zip(*read_curve(file), strict=True)) if file.exists() else []
+
+
+def run_short(workspace: Path, place: Path, values: dict[str, Any]) -> None:
+    """The stages of the short way; raises SystemExit where one fails."""
+    for given in GIVEN:
+        link = place / given
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to((workspace / given).resolve(), target_is_directory=True)
+    write_params(values, place / "params.yaml")
+    for stage in STAGES:
+        if subprocess.run([sys.executable, "-m", f"ddops.stages.{stage}"], cwd=place, check=False).returncode:
+            raise SystemExit(f"{stage} failed in {place}; run the same command again to go on")
+
+
+def first_at(found: Points, fid: float) -> float | None:
+    """Passes until the curve is that low, if it ever is."""
+    return next((passes for passes, value in found if value <= fid), None)
+
+
+def draw(ways: dict[str, Points], teacher_fid: float | None, path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for name, found in ways.items():
+        axis.plot(
+            [passes / 1e3 for passes, _ in found], [fid for _, fid in found], marker="o", markersize=4, label=name
+        )
+    if teacher_fid is not None:
+        axis.axhline(teacher_fid, color="0.5", linestyle="--", label="teacher")
+    axis.set_xlabel("passes of the teacher, thousands, trajectories included")
+    axis.set_ylabel("FID of one step")
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="svg")
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--preset", default="digits")
+    parser.add_argument("--params", type=Path, default=Path("params"))
+    parser.add_argument("--work", type=Path, default=Path(".ddops/training_cost"), help="where the short way runs")
+    parser.add_argument("--override", action="append", default=[], dest="overrides", metavar="section.key=value")
+    parser.add_argument("--teacher-fid", type=float, help="by the same ruler, for the chart (see dd2_variants.py)")
+    arguments = parser.parse_args()
+    full = validate(yaml.safe_load((arguments.workspace / "params.yaml").read_text()), "WORKSPACE/params.yaml")
+    choice = [f"preset={arguments.preset}", f"seed={full.seed}", *SHORT, *arguments.overrides]
+    values = compose(arguments.params, choice)
+    run_short(arguments.workspace, arguments.work, values)
+    alone = points(arguments.workspace, full)[: len(curve(arguments.workspace, "dd1"))]
+    short = points(arguments.work, validate(values, "the short way"))
+    aim = alone[-1][1]
+    places = {str(arguments.workspace): "WORKSPACE", str(arguments.work): "WORK"}
+    result = {
+        "command": " ".join(places.get(word, word) for word in sys.argv),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "preset": arguments.preset,
+        "seed": full.seed,
+        "short": choice,
+        "dd1": alone,
+        "dd1_then_dd2": short,
+        "teacher_fid": arguments.teacher_fid,
+        "aim": aim,
+        "passes": {"dd1": alone[-1][0], "dd1_first_there": first_at(alone, aim), "dd1_then_dd2": first_at(short, aim)},
+    }
+    write_json(arguments.output, result)
+    ways = {"DD1": alone, "a short DD1, then DD2": short}
+    draw(ways, arguments.teacher_fid, arguments.output.with_suffix(".svg"))
+    print(result["passes"])
+
+
+if __name__ == "__main__":
+    main()
