@@ -32,7 +32,8 @@ from ddops.export.parity import (
 from ddops.export.session import open_session, run_session
 from ddops.models import level_attention
 from ddops.models.autoencoder import Attention
-from tiny import untrained
+from ddops.models.registry import build_student, build_teacher
+from tiny import tiny, untrained
 
 METADATA = {"ddops.preset": "test", "ddops.steps": "1"}
 CASES = {
@@ -84,7 +85,7 @@ def test_each_weight_is_used_once_a_step(exported):
     graph and twice in a two-step one, each head once a step that it decides tokens in, and every convolution of the
     decoder once."""
     uses = uses_of_weights(exported.model)
-    # Only two rows ever enter the noise/data layers of VAR's student, so that the exporter folds them away; what
+    # Only two rows ever enter the noise/data layers of VAR's student, so that they are folded away (next test); what
     # depends on the class alone is computed once, and a head where it decides tokens.
     student = {
         name: module.weight
@@ -108,6 +109,37 @@ def test_each_weight_is_used_once_a_step(exported):
     assert used == expected
     used = {name: uses[weight.numpy().tobytes()] for name, weight in decoder.items()}
     assert used == dict.fromkeys(decoder, 1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_noise_data_layers_are_folded_in_a_wide_student_too(tmp_path, precision):
+    """As wide as it takes for the exporter to leave them, two steps: no product of constants is in the graph."""
+    config = tiny("var", "teacher.model.width=128").teacher.model
+    torch.manual_seed(0)
+    student, tokenizer = build_student(config).eval(), build_teacher(config).eval().tokenizer
+    for parameter in (*student.noise_data_embedding.parameters(), *student.noise_data_linears.parameters()):
+        nn.init.normal_(parameter, std=0.3)
+    graph = OneStepGraph(student, tokenizer, (0, 2), student.layout.num_levels // 2).eval()
+    options = {"opset": 18, "precision": precision, "metadata": {}}
+    export_onnx(graph, *inputs(student.layout, 2), tmp_path / "model.onnx", **options)
+    model = onnx.load(tmp_path / "model.onnx")
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    assert len(products) > 10
+    assert not [node.name for node in products if set(node.input) <= weights.keys()]
+    contents = {values.tobytes() for values in weights.values()}
+    for layer in student.noise_data_linears:
+        weight = layer.weight.detach().numpy()
+        assert not contents & {half for each in (weight, weight.T) for half in (each.tobytes(), halved(each))}
+        rows = layer(student.noise_data_embedding.weight).detach().numpy()
+        assert any(each.shape == rows.shape and np.allclose(each, rows, atol=1e-5) for each in weights.values())
+    noise, labels = inputs(student.layout, 5)
+    parity = measure_parity(graph, onnx_drawer(tmp_path / "model.onnx"), noise, labels)
+    assert parity.largest <= (1e-4 if precision == "float32" else 2e-2)
+
+
+def halved(values):
+    return values.astype(np.float16).tobytes()
 
 
 def test_the_graph_has_as_many_attentions_as_one_pass_a_step(exported):

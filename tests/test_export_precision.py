@@ -67,6 +67,14 @@ def test_products_are_in_half_precision_but_for_heads_and_last_layers(half):
     assert len(halved) > 10
 
 
+@pytest.mark.parametrize("half", ["llamagen-1-float16", "var-1-float16"], indirect=True)
+def test_the_decoders_maps_are_shuffled_in_half_precision(half):
+    """Between two convolutions the largest maps are not widened only to be rearranged."""
+    kinds, shuffles = typed(half.model), [node for node in half.model.graph.node if node.op_type == "DepthToSpace"]
+    assert shuffles
+    assert {kinds[name] for node in shuffles for name in (*node.input, *node.output)} == {half.kind}
+
+
 def test_every_operator_gets_a_type_that_it_is_defined_for(half):
     """By the operators' own schemas: a runtime refuses what is not allowed (a convolution in bfloat16, at the opsets of
     an export)."""

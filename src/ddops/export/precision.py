@@ -26,7 +26,7 @@ PRODUCTS: Final[dict[Half, frozenset[str]]] = {
     "bfloat16": frozenset({"MatMul", "Gemm"}),
 }
 """Where the time and the weights are."""
-LAYOUT: Final = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"})
+LAYOUT: Final = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "DepthToSpace"})
 """They move numbers and do not change them: between two products the half-precision values pass through."""
 
 
