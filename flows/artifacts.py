@@ -33,6 +33,12 @@ MAX_IMAGE_BYTES = 1 << 20
 """Pictures are kept in Prefect's database; a larger one is left to the report."""
 REPORTS_URL = "DDOPS_REPORTS_URL"
 """Where the directory ``reports`` is served, if it is; else links name the file."""
+HEADINGS = {
+    "accepted": "# Accepted",
+    "refused": "# Refused: nothing was exported, production is untouched",
+    "overridden": "# Overridden: the rules refused the model, it was let through by name",
+}
+"""Of the gate's decision, by its outcome."""
 
 
 class ProgressArtifact:
@@ -152,10 +158,15 @@ def _shown(value: Any) -> str:
 
 
 def gate_decision(workspace: Path, production: str | None) -> None:
-    """The gate's verdicts, rule by rule."""
+    """What the gate decided, who overrode it and why, the checks that failed, and every rule's verdict."""
     decision = json.loads((workspace / paths.GATE_DECISION).read_text())
+    override = decision["override"]
     lines = [
-        "# Accepted" if decision["passed"] else "# Refused: nothing was exported, production is untouched",
+        HEADINGS[decision["outcome"]],
+        "",
+        *([f"Overridden by {override['by']}: {_cell(override['reason'])}", ""] if override else []),
+        # Such figures are of something else: what the rules say of them means nothing.
+        *(f"- **failed** {check['name']}: {check['detail']}" for check in decision["checks"] if not check["passed"]),
         "",
         "| | rule | value | bound |",
         "|---|---|---|---|",
