@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,9 +30,11 @@ from ddops.evaluation.gate import comparable
 from ddops.files import write_json
 
 RESULTS = Path("benchmarks/results")
-METRICS = "reports/metrics.json"
+METRICS, PARAMS = "reports/metrics.json", "params.yaml"
 DONE = "success"
 """DVC's word for an experiment that ended well; it has none for one that is older than its queue."""
+ABSENT = object()
+"""Unlike every value, None too: a setting that earlier code did not have."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,20 @@ class Grid:
     title: str
     points: Mapping[str, tuple[str, ...]]
     rows: tuple[str, ...] = ("dd1_1step", "dd1_2step", "teacher")
+
+    @property
+    def varied(self) -> set[str]:
+        """The settings in which its points may differ, dotted."""
+        return {setting.partition("=")[0] for settings in self.points.values() for setting in settings}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What DVC recorded of one that ended well: when, with which settings (dotted), and its figures."""
+
+    at: datetime
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, Any]
 
 
 GRIDS = {
@@ -87,33 +103,70 @@ def queue(grid: str, settings: list[str]) -> None:
     print("queued; next: dvc exp run --run-all")
 
 
-def collect(grid: str, shown: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Point -> metrics of its experiment, of those that have run; ``shown`` is what ``dvc exp show --json`` says.
+def collect(grid: str, shown: list[dict[str, Any]]) -> dict[str, Experiment]:
+    """Point -> its experiment, the newest of those that have run; ``shown`` is what ``dvc exp show --json`` says."""
+    names = {point: name_of(grid, point) for point in GRIDS[grid].points}
+    newest: dict[str, Experiment] = {}
+    for name, experiment in ended(shown, set(names.values())):
+        if name not in newest or experiment.at > newest[name].at:
+            newest[name] = experiment
+    return {point: newest[name] for point, name in names.items() if name in newest}
+
+
+def ended(shown: list[dict[str, Any]], names: set[str]) -> Iterator[tuple[str, Experiment]]:
+    """Name and record of every experiment of those names that has run: each commit may have one of the same name.
 
     One that is queued, running or failed is shown with the figures of the commit it starts from, and is left out.
     """
-    wanted = {name_of(grid, point): point for point in GRIDS[grid].points}
-    found: dict[str, dict[str, Any]] = {}
     for baseline in shown:
         for branch in baseline.get("experiments") or []:
             if (branch.get("executor") or {"state": DONE})["state"] != DONE:
                 continue
             for revision in branch["revs"]:
-                metrics = ((revision.get("data") or {}).get("metrics") or {}).get(METRICS, {}).get("data")
-                if metrics and revision.get("name") in wanted:
-                    found[wanted[revision["name"]]] = metrics
-    return {point: found[point] for point in GRIDS[grid].points if point in found}
+                data = revision.get("data") or {}
+                metrics = data.get("metrics", {}).get(METRICS, {}).get("data")
+                if metrics and revision.get("name") in names:
+                    settings = dict(dotted(data["params"][PARAMS]["data"]))
+                    yield revision["name"], Experiment(datetime.fromisoformat(data["timestamp"]), settings, metrics)
 
 
-def protocol_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by the names that ``--set`` takes."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def protocol_of(found: Mapping[str, Experiment]) -> dict[str, Any]:
     """What all points were judged by; ends with the facts in which they differ."""
     first, *others = found
-    protocol: dict[str, Any] = found[first]["protocol"]
+    protocol: dict[str, Any] = found[first].metrics["protocol"]
     for point in others:
-        if facts := comparable(protocol, found[point]["protocol"]):
+        if facts := comparable(protocol, found[point].metrics["protocol"]):
             raise SystemExit(f"{first} and {point} were judged differently, no chart shows both: {', '.join(facts)}")
-    # What they were drawn with is what the grid varies.
+    # What they were drawn with is what the grid varies; the settings tell the rest.
     return {fact: value for fact, value in protocol.items() if fact != "drawing_sha256"}
+
+
+def settings_of(grid: str, found: Mapping[str, Experiment]) -> dict[str, Any]:
+    """The settings that all points share: all but those that the grid varies, and the gate's, which makes no figure;
+    ends with the others in which they differ."""
+    shared = {
+        point: {
+            name: value
+            for name, value in experiment.settings.items()
+            if name not in GRIDS[grid].varied and not name.startswith("gate.")
+        }
+        for point, experiment in found.items()
+    }
+    first, *others = shared
+    for point in others:
+        names = sorted(shared[first].keys() | shared[point].keys())
+        if differ := [name for name in names if shared[first].get(name, ABSENT) != shared[point].get(name, ABSENT)]:
+            raise SystemExit(f"{first} and {point} have other settings, no chart shows both: {', '.join(differ)}")
+    return shared[first]
 
 
 def plot(grid: str, settings: list[str]) -> None:
@@ -123,8 +176,8 @@ def plot(grid: str, settings: list[str]) -> None:
         print(f"not run yet: {', '.join(missing)}", file=sys.stderr)
     if not found:
         raise SystemExit(f"no experiment of {grid} has run: --queue, then dvc exp run --run-all")
-    rows = [row for row in spec.rows if all(row in metrics for metrics in found.values())]
-    figures = {point: {row: metrics[row] for row in rows} for point, metrics in found.items()}
+    rows = [row for row in spec.rows if all(row in experiment.metrics for experiment in found.values())]
+    figures = {point: {row: experiment.metrics[row] for row in rows} for point, experiment in found.items()}
     command = ["python", "benchmarks/ablations.py", grid, "--queue", *(f"--set {setting}" for setting in settings)]
     record = {
         "title": spec.title,
@@ -132,7 +185,8 @@ def plot(grid: str, settings: list[str]) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "protocol": protocol_of(found),
-        "models": {point: metrics["models"] for point, metrics in found.items()},
+        "settings": settings_of(grid, found),
+        "models": {point: experiment.metrics["models"] for point, experiment in found.items()},
         "points": figures,
     }
     write_json(RESULTS / f"ablation_{grid}.json", record)

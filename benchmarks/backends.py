@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from untrained import with_weights
 
 from ddops.config.load import compose, validate
 from ddops.export.bundle import Sources, write_bundle
@@ -42,9 +43,10 @@ from ddops.sampling.teacher import categorical_picker, sample_teacher
 def contestants(config: Any, directory: Path, threads: int) -> tuple[Teacher, dict[str, Any]]:
     """The teacher in PyTorch, and its student as a bundle on both backends."""
     torch.manual_seed(0)
-    teacher = build_teacher(config.teacher.model).eval().requires_grad_(False)
+    teacher = with_weights(build_teacher(config.teacher.model))
+    student = with_weights(build_student(config.teacher.model))
     files = {name: directory / f"{name}.safetensors" for name in (STUDENT, TOKENIZER)}
-    save_weights(files[STUDENT], build_student(config.teacher.model).state_dict(), config.teacher.model, STUDENT)
+    save_weights(files[STUDENT], student.state_dict(), config.teacher.model, STUDENT)
     save_weights(files[TOKENIZER], teacher.tokenizer.state_dict(), config.teacher.model, TOKENIZER)
     sources = Sources(files[STUDENT], files[TOKENIZER], config.dd1.start_positions, config.dd1.logit_prefix)
     write_bundle(directory / "bundle", sources, replace(config.export, parity_count=2), {})

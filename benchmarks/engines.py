@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from untrained import with_weights
+
 from ddops.config.load import compose, validate
 from ddops.export.provenance import git_commit
 from ddops.files import write_json
@@ -37,7 +39,8 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
     config = validate(compose(arguments.params, [f"preset={arguments.preset}"]), arguments.preset)
     torch.manual_seed(arguments.seed)
-    student, tokenizer = build_student(config.teacher.model), build_tokenizer(config.teacher.model)
+    model = config.teacher.model
+    student, tokenizer = with_weights(build_student(model)), with_weights(build_tokenizer(model))
     files = {name: arguments.work / f"{name}.safetensors" for name in (STUDENT, TOKENIZER)}
     save_weights(files[STUDENT], student.state_dict(), config.teacher.model, STUDENT)
     save_weights(files[TOKENIZER], tokenizer.state_dict(), config.teacher.model, TOKENIZER)

@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -78,8 +79,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else new_results(arguments.device)
-    if results["device"] != arguments.device and arguments.action != "report":
-        parser.error(f"{arguments.output} holds figures of {results['device']}")
+    if arguments.action != "report":
+        for key, here in (("device", arguments.device), ("source", source())):
+            if results[key] != here:
+                parser.error(f"{arguments.output} holds figures of the {key} {results[key]}, and this is {here}")
     if arguments.action == "measure":
         preset, kind, batch, *names = arguments.part
         measure(results, arguments, preset, kind, int(batch), names or contestants(arguments.device, kind, int(batch)))
@@ -108,6 +111,7 @@ def new_results(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return {
         "device": device,
+        "source": source(),
         "name": name,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
@@ -117,6 +121,12 @@ def new_results(device: str) -> dict[str, Any]:
         "parts": {},
         "launches": {},
     }
+
+
+def source() -> str:
+    """Git's hash of the package's code: rounds of other code do not belong beside these."""
+    command = ["git", "rev-parse", "HEAD:src"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def processor() -> str:
@@ -129,7 +139,7 @@ def measure(
 ) -> None:
     """Add rounds to one part; the file is written after each."""
     config = validate(compose(arguments.params, [f"preset={preset}"]), preset)
-    contest = Contest(config, batch, arguments.device, kind == "images", arguments.work)
+    contest = Contest(config, batch, arguments.device, kind == "images", arguments.work, results["source"])
     runs = {name: contest.build(name) for name in names}
     part = results["parts"].setdefault(f"{preset} {kind} {batch}", {})
     outputs = {}
@@ -225,7 +235,7 @@ def count_launches(results: dict[str, Any], arguments: argparse.Namespace, prese
     narrow = validate(compose(arguments.params, [f"preset={preset}", *sizes]), preset)
     found = {}
     for name in ("teacher", "involved", "plain_1", "lean_1", "plain_2", "lean_2"):
-        run = Contest(narrow, 1, "cpu", False, arguments.work).build(name)
+        run = Contest(narrow, 1, "cpu", False, arguments.work, results["source"]).build(name)
         run()
         with Counter() as counter:
             run()

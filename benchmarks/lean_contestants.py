@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from untrained import with_weights
 
 from ddops.config.stages import EngineConfig, GraphPrecision, ProfileConfig
 from ddops.export.bundle import Sources, write_bundle
@@ -63,15 +64,6 @@ def nearest_by_differences(x_BLC: Tensor, codebook_VC: Tensor) -> Tensor:
     return (x_BLC[:, :, None] - codebook_VC).square().sum(-1).argmin(-1)
 
 
-def with_weights(module: nn.Module) -> nn.Module:
-    """Weights that start at or near zero made random too, so that comparing two ways compares all they compute."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.ndim > 1 and parameter.std() < 0.01:
-            parameter.data.normal_(std=0.02, generator=generator)
-    return module.eval().requires_grad_(False)
-
-
 @dataclass(frozen=True)
 class Contest:
     """Models and inputs of one preset and batch size, on one device."""
@@ -83,6 +75,8 @@ class Contest:
     """To images, else to tokens and embeddings."""
     work: Path
     """Where exported graphs are kept from one run to the next."""
+    source: str
+    """Git's hash of the code that is timed: graphs of other code are not used."""
 
     def build(self, name: str) -> Run:
         """The contestant of that name, ready to run; raises ValueError for a name that is none."""
@@ -160,7 +154,7 @@ class Contest:
 
     def _bundle(self, steps: int, precision: GraphPrecision) -> Path:
         """The student and the decoder, exported. Two images are compared with PyTorch's, loosely in half precision."""
-        directory = self.work / f"{self.config.preset}-{steps}-{precision}"
+        directory = self.work / self.source[:12] / f"{self.config.preset}-{steps}-{precision}"
         if (directory / MANIFEST).exists():
             return directory
         directory.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def predictions(config: Config, *, full_size: bool) -> dict[str, list[Work]]:
             "distill_dd2's guidance step": guidance,
             "distill_dd2's generator step": generator,
         }
-    flow = passes.map_work(model, config.trajectories, DIGITS_BATCH)
+    flow = passes.map_work(model, config.trajectories, DIGITS_BATCH, "cpu")
     return {
         f"{DIGITS_BATCH} trajectories": sampling + flow,
         **{name: [_work(step)] for name, step in steps.items()},

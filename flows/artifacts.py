@@ -24,6 +24,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from ddops.evaluation.gate import comparable
 from ddops.stages import paths
 from flows.dvc import DvcError, metrics_beside
 from flows.progress import Progress
@@ -33,6 +34,12 @@ MAX_IMAGE_BYTES = 1 << 20
 """Pictures are kept in Prefect's database; a larger one is left to the report."""
 REPORTS_URL = "DDOPS_REPORTS_URL"
 """Where the directory ``reports`` is served, if it is; else links name the file."""
+HEADINGS = {
+    "accepted": "# Accepted",
+    "refused": "# Refused: nothing was exported, production is untouched",
+    "overridden": "# Overridden: the rules refused the model, it was let through by name",
+}
+"""Of the gate's decision, by its outcome."""
 
 
 class ProgressArtifact:
@@ -94,20 +101,32 @@ def artifact_key(*parts: str) -> str:
 
 def metrics_table(workspace: Path, production: str | None) -> None:
     """Every metric of the workspace beside production's: those that Git revision ``production`` has, or if that is None
-    those with which the model in production was promoted, or while there is none those of HEAD."""
+    those with which the model in production was promoted, or while there is none those of HEAD.
+
+    Figures of a file that were judged by another protocol stand there too, without a change; the description says why.
+    """
     registry = read_registry(workspace)
     if production is None and (version := registry["current"]) is not None:
         files = _beside(workspace, registry["versions"][version]["metrics"])
         said = f"This run beside production ({version})."
     else:
         files, said = _beside_revision(workspace, production or "HEAD")
+    facts = {file: _facts_that_differ(metrics) for file, metrics in files.items()}
     rows = [
-        {"metric": f"{Path(file).stem}: {name}", **_compared(values.get("new"), values.get("old"))}
+        {
+            "metric": f"{Path(file).stem}: {name}",
+            **_compared(values.get("new"), values.get("old"), compare=not facts[file]),
+        }
         for file, metrics in files.items()
         for name, values in metrics.items()
         if _is_figure(values.get("new")) or _is_figure(values.get("old"))
     ]
-    create_table_artifact(rows, key="metrics", description=said)
+    apart = [
+        f"The figures of {Path(file).stem} do not compare, their protocols differ: {', '.join(names)}."
+        for file, names in facts.items()
+        if names
+    ]
+    create_table_artifact(rows, key="metrics", description=" ".join([said, *apart]))
 
 
 def read_registry(workspace: Path) -> dict[str, Any]:
@@ -142,8 +161,26 @@ def _is_figure(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _compared(new: Any, old: Any) -> dict[str, str]:
-    change = f"{new - old:+.4g}" if _is_figure(new) and _is_figure(old) else ""
+def _facts_that_differ(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """Why this file's figures and production's do not compare; empty where they do, or where there are none."""
+    if not any(_is_figure(values.get("new")) and _is_figure(values.get("old")) for values in metrics.values()):
+        return []
+    return comparable(_protocol(metrics, "new"), _protocol(metrics, "old"))
+
+
+def _protocol(metrics: dict[str, dict[str, Any]], side: str) -> dict[str, dict[str, Any]]:
+    """Each fact's parts by their dotted names, which are equal just where the facts are."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name, values in metrics.items():
+        section, _, rest = name.partition(".")
+        if section == "protocol":
+            fact, _, part = rest.partition(".")
+            facts.setdefault(fact, {})[part] = values.get(side)
+    return facts
+
+
+def _compared(new: Any, old: Any, *, compare: bool) -> dict[str, str]:
+    change = f"{new - old:+.4g}" if compare and _is_figure(new) and _is_figure(old) else ""
     return {"this run": _shown(new), "production": _shown(old), "change": change}
 
 
@@ -152,10 +189,15 @@ def _shown(value: Any) -> str:
 
 
 def gate_decision(workspace: Path, production: str | None) -> None:
-    """The gate's verdicts, rule by rule."""
+    """What the gate decided, who overrode it and why, the checks that failed, and every rule's verdict."""
     decision = json.loads((workspace / paths.GATE_DECISION).read_text())
+    override = decision["override"]
     lines = [
-        "# Accepted" if decision["passed"] else "# Refused: nothing was exported, production is untouched",
+        HEADINGS[decision["outcome"]],
+        "",
+        *([f"Overridden by {override['by']}: {_cell(override['reason'])}", ""] if override else []),
+        # Such figures are of something else: what the rules say of them means nothing.
+        *(f"- **failed** {check['name']}: {check['detail']}" for check in decision["checks"] if not check["passed"]),
         "",
         "| | rule | value | bound |",
         "|---|---|---|---|",

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ddops.config.load import ConfigError, compose, write_params
+from ddops.lock import HeldError, held
 from ddops.stages import paths
 
 LOCK = Path(".ddops/run.lock")
@@ -40,38 +38,24 @@ def locked(workspace: Path, holder: str, patience: float, tell: Callable[[str], 
     Raises:
         WorkspaceBusyError: still held after ``patience`` seconds.
     """
-    path = workspace / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        _acquire(file.fileno(), path, patience, tell)
-        file.truncate(0)
-        json.dump({"holder": holder, "pid": os.getpid(), "since": datetime.now(UTC).isoformat("T", "seconds")}, file)
-        file.flush()
-        yield file.fileno()
+    with ExitStack() as stack:
+        yield _acquire(stack, workspace / LOCK, holder, patience, tell)
 
 
-def _acquire(descriptor: int, path: Path, patience: float, tell: Callable[[str], None]) -> None:
+def _acquire(stack: ExitStack, path: Path, holder: str, patience: float, tell: Callable[[str], None]) -> int:
     deadline = time.monotonic() + patience
     told = False
     while True:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy = f"{path} is held by {_holder(path)}"
+            return stack.enter_context(held(path, holder))
+        except HeldError as error:
+            busy = str(error)
         if time.monotonic() >= deadline:
             raise WorkspaceBusyError(f"{busy}; waited {patience:g} s. Wait for it, or cancel it")
         if not told:
             tell(f"{busy}; waiting up to {patience:g} s")
             told = True
         time.sleep(0.5)
-
-
-def _holder(path: Path) -> str:
-    try:
-        entry = json.loads(path.read_text())
-        return f"{entry['holder']} (process {entry['pid']}, since {entry['since']})"
-    except ValueError:
-        return "a run that is starting or ending"
 
 
 def compose_parameters(

@@ -153,3 +153,11 @@ def test_twice_the_steps_take_twice_the_time_and_a_larger_batch_more_memory():
     assert longer.seconds / plain.seconds == pytest.approx(80 / steps)
     assert longer.memory == plain.memory
     assert (wider.memory > plain.memory) == (batch < 64)
+
+
+@pytest.mark.parametrize(("device", "chunks"), [("h200", 8), ("cpu2", 1024)])
+def test_the_flow_map_is_launched_as_often_as_its_chunks_on_that_device(device, chunks):
+    """Worked out by hand: 512 images of 256 tokens over 4,096 codes are 2^29 pairs, in chunks of 2^26 or 2^19."""
+    config = load_preset("var_d16", PARAMS).config
+    step, _ = passes.map_work(config.teacher.model, config.trajectories, 512, find_device(device).kind)[-2:]
+    assert step.times == passes.ADAPTIVE_EVALUATIONS * chunks

@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from ddops.captions.conditions import Conditions
-from ddops.config.load import compose, validate, write_params
+from ddops.config.load import compose, load_config, validate, write_params
 from ddops.data import digits
 from ddops.evaluation.drawing import Request, draw_batches, from_noise
+from ddops.evaluation.gate import comparable
 from ddops.evaluation.images import to_uint8
 from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.evaluation.protocols import open_protocol
 from ddops.evaluation.samples import open_samples, write_samples
 from ddops.export.bundle import load_graph
-from ddops.files import write_json
+from ddops.files import sha256_file, write_json
 from ddops.stages import paths
+from ddops.stages.export_onnx import judge_exported
 from test_bundle import stage
 from tiny import FAMILIES, PARAMS
 
@@ -49,11 +51,18 @@ def test_the_exported_graph_is_judged_by_the_protocol(judged):
     exported = stage(judged, "export_onnx")
     assert exported.returncode == 0, exported.stderr
     report = json.loads((judged / paths.EXPORT_METRICS).read_text())
+    assert report["sha256"] == {"model.onnx": sha256_file(paths.ONNX_BUNDLE / "model.onnx")}
     # Of the same noise: what is left is a pixel here and there that rounds to another level.
     assert report["fid_loss"] == report["exported"]["fid"] - report["pytorch"]["fid"]
     assert abs(report["fid_loss"]) < 1e-3 * report["pytorch"]["fid"]
     assert (report["protocol"]["name"], report["protocol"]["seeds"], report["samples"]) == ("digits", [3], 1797)
     assert report["exported"].keys() == report["pytorch"].keys() >= {"fid", "recall", "inception_score"}
+
+    shutil.rmtree(paths.SAMPLES)
+    config = load_config(paths.PARAMS)
+    again = judge_exported(config.evaluate, config.export)
+    assert (again["exported"], again["pytorch"]) == (report["exported"], None)
+    assert comparable(again["protocol"], report["protocol"]) == []
 
 
 def test_a_graph_whose_fid_is_worse_is_no_export(judged):

@@ -16,6 +16,7 @@ from ddops.evaluation.gate import Decision, comparable, decide, gate_decision
 from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.evaluation.ruler import open_ruler
 from ddops.files import sha256_file, sha256_json, write_json
+from ddops.models.errors import CheckpointError
 from ddops.production import Registry, RegistryError, metrics_in_production
 from ddops.stages import gate, paths
 from ddops.stages.common import StageError, drawing_of, sections
@@ -245,6 +246,29 @@ def test_figures_drawn_with_other_settings_are_stale(workspace: Path, change: st
     with pytest.raises(StageError, match="the protocol's drawing_sha256: the figures have"):
         run_gate()
     assert main(["override", "--by", "Ada", "--reason", "never mind"]) == 1
+
+
+def test_a_reference_that_was_replaced_makes_the_figures_stale(workspace: Path) -> None:
+    """Its path is the same, and so are the settings."""
+    statistics = Path("statistics.npz")
+    statistics.write_bytes(b"of these images")
+    local = [f"evaluate.statistics.path={statistics}", "gate=smoke"]
+    write_params(compose(PARAMS, ["preset=released_dd1_var_d16", *local]), paths.PARAMS)
+    config, metrics = load_config(), json.loads(paths.METRICS.read_text())
+    metrics["protocol"] |= {
+        "name": "dd_50k",
+        "settings_sha256": sha256_json(plain(config.evaluate)),
+        "drawing_sha256": drawing_of(config),
+        "reference_sha256": sha256_file(statistics),
+    }
+    write_json(paths.METRICS, {**metrics, "dd1_1step": {"fid": 3.0}})
+    run_gate()
+    statistics.write_bytes(b"of others")
+    with pytest.raises(StageError, match="the protocol's reference_sha256: the figures have"):
+        run_gate()
+    statistics.unlink()
+    with pytest.raises(CheckpointError, match=r"statistics\.npz"):
+        run_gate()
 
 
 def test_without_figures_there_is_no_decision_left_from_before(workspace: Path) -> None:

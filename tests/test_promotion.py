@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
+import yaml
 
 import test_gate
 from ddops.cli import main
 from ddops.commands import repository as repository_commands
-from ddops.config.load import compose, write_params
+from ddops.commands.arguments import CommandError
+from ddops.commands.in_hand import exported_files, judge_export
+from ddops.commands.promote import LOCK
+from ddops.config.base import plain
+from ddops.config.load import compose, load_config, write_params
+from ddops.export.errors import BundleError
+from ddops.export.manifest import (
+    STUDENT_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    ModelFacts,
+    OnnxFacts,
+    read_manifest,
+    write_manifest,
+)
 from ddops.files import sha256_file, write_json
+from ddops.lock import held
 from ddops.production import Registry
 from ddops.serving.models import find_bundle
 from ddops.stages import paths
-from ddops.stages.common import EXIT_REFUSED
+from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
+from flows.workspace import locked
 from test_gate import run_gate
 from tiny import PARAMS
 
 workspace = test_gate.workspace
+JUDGE: Final = "ddops.stages.export_onnx.judge_exported"
 
 
 def git(*arguments: str) -> str:
@@ -28,17 +50,62 @@ def git(*arguments: str) -> str:
 
 
 def export(content: str) -> None:
-    """A bundle of the student in hand."""
+    """A bundle of the student in hand, with what goes with it; and what DVC notes of the stage."""
+    config = load_config()
     paths.ONNX_BUNDLE.mkdir(parents=True, exist_ok=True)
-    (paths.ONNX_BUNDLE / "model.onnx").write_text(content)
-    facts = {"ddops.student_sha256": sha256_file(paths.DD2_GENERATOR)}
-    write_json(paths.ONNX_BUNDLE / "manifest.json", {"facts": facts})
-    write_json(paths.EXPORT_METRICS, {"parity": {"largest": 1e-6}})
+    weights = {STUDENT_FILE: paths.DD2_GENERATOR, TOKENIZER_FILE: paths.TOKENIZER}
+    for name, source in weights.items():
+        shutil.copy(source, paths.ONNX_BUNDLE / name)
+    graph = paths.ONNX_BUNDLE / "model.onnx"
+    graph.write_text(content)
+    manifest = Manifest(
+        format=1,
+        facts={"ddops.preset": config.preset},
+        model=ModelFacts(
+            num_classes=10,
+            class_names=None,
+            length=16,
+            code_dim=8,
+            image_size=8,
+            image_channels=1,
+            steps=config.export.steps,
+            start_positions=config.dd1.start_positions,
+            logit_prefix=config.dd2.logit_prefix(len(config.teacher.model.level_sizes)),
+            noise="test",
+        ),
+        onnx=OnnxFacts(
+            opset=config.export.opset,
+            precision=config.export.precision,
+            sha256=sha256_file(graph),
+            external_sha256=None,
+        ),
+        engines=(),
+        files={name: sha256_file(source) for name, source in weights.items()},
+    )
+    write_manifest(paths.ONNX_BUNDLE, manifest)
+    write_json(paths.EXPORT_METRICS, {"parity": {"largest": 1e-6}, "sha256": {"model.onnx": sha256_file(graph)}})
+    paths.MODEL_CARD.write_text(f"student {sha256_file(paths.DD2_GENERATOR)}, graph {sha256_file(graph)}")
+    read = {"params.yaml": {"export": plain(config.export)}}
+    write_yaml("dvc.lock", {"schema": "2.0", "stages": {"export_onnx": {"cmd": "true", "params": read}}})
+
+
+def write_yaml(file: str, value: object) -> None:
+    Path(file).write_text(yaml.safe_dump(value))
 
 
 def commit() -> None:
-    git("add", "params.yaml")
+    git("add", "params.yaml", "dvc.yaml", "dvc.lock")
     git("commit", "--quiet", "--allow-empty", "--message", "a training")
+
+
+def judgement(fid: float = 3.1, **changes: Any) -> Callable[..., dict[str, Any]]:
+    """What the stage would find of the graph."""
+
+    def judge(evaluate: object, export: object) -> dict[str, Any]:
+        protocol = {**json.loads(paths.METRICS.read_text())["protocol"], "seeds": [1]}
+        return {"protocol": protocol, "samples": 4, "exported": {"fid": fid}, "pytorch": None, **changes}
+
+    return judge
 
 
 @pytest.fixture
@@ -49,7 +116,8 @@ def repository(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git("config", "user.name", "Ada")
     git("config", "user.email", "ada@example.invalid")
     subprocess.run(["dvc", "init", "--quiet"], check=True)
-    monkeypatch.setattr("ddops.stages.export_onnx.judge_exported", lambda evaluate, export: {"fid": 3.1})
+    monkeypatch.setattr(JUDGE, judgement())
+    write_yaml("dvc.yaml", {"stages": {"export_onnx": {"cmd": "true", "params": ["export"]}}})
     run_gate()
     export("first")
     commit()
@@ -172,7 +240,7 @@ def test_a_run_commits_what_it_made_and_promotes_only_what_is_new(
         "Run of smoke",
     ]
     committed = set(git("show", "--name-only", "--format=", "HEAD~1").splitlines())
-    assert {str(paths.PARAMS), str(paths.METRICS), str(paths.GATE_DECISION), str(paths.EXPORT_METRICS)} == committed
+    assert set(map(str, (paths.PARAMS, paths.METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS))) == committed
     assert git("diff", "--cached", "--name-only") == "mine"
     source = Registry.load(paths.PRODUCTION).versions["v1.0.0"]["source_commit"]
     assert source == git("rev-parse", "HEAD~1"), "the commit of the run, not the one before it"
@@ -207,7 +275,8 @@ def test_a_run_of_code_that_is_not_committed_is_not_promoted(
         ("refused", EXIT_REFUSED, "the gate refuses this model"),
         ("undecided", 1, "run dvc repro gate"),
         ("other settings", EXIT_REFUSED, "the protocol's drawing_sha256"),
-        ("another student", 1, "run dvc repro export_onnx"),
+        ("another student", 1, "run dvc repro\n  student: "),
+        ("another number of steps", 1, "run dvc repro\n  steps: 1, in hand is 2"),
         ("uncommitted", 1, "not committed"),
         ("worse export", EXIT_REFUSED, "the exported graph is refused"),
     ],
@@ -228,14 +297,206 @@ def test_what_is_not_promoted(
         write_params(compose(PARAMS, ["preset=smoke", "dd2.training.steps=7"]), paths.PARAMS)
         commit()
     elif fault == "another student":
-        write_json(paths.ONNX_BUNDLE / "manifest.json", {"facts": {"ddops.student_sha256": "00" * 32}})
+        shutil.copy(paths.TOKENIZER, paths.ONNX_BUNDLE / STUDENT_FILE)
+        manifest = read_manifest(paths.ONNX_BUNDLE)
+        spoilt = {**manifest.files, STUDENT_FILE: sha256_file(paths.TOKENIZER)}
+        write_manifest(paths.ONNX_BUNDLE, replace(manifest, files=spoilt))
+    elif fault == "another number of steps":
+        write_params(compose(PARAMS, ["preset=smoke", "export.steps=2"]), paths.PARAMS)
+        write_json(paths.METRICS, {**json.loads(paths.METRICS.read_text()), "dd2_2step": {"fid": 2.0}})
+        run_gate()
+        commit()
     elif fault == "uncommitted":
         paths.PARAMS.write_text(paths.PARAMS.read_text() + "# a note\n")
     else:
-        monkeypatch.setattr("ddops.stages.export_onnx.judge_exported", lambda evaluate, export: {"fid": float("nan")})
+        monkeypatch.setattr(JUDGE, judgement(float("nan")))
     commits = git("rev-list", "--count", "HEAD")
     assert main(["promote", "--reason", "because"]) == code
     assert message in capsys.readouterr().err
     assert git("rev-list", "--count", "HEAD") == commits
     assert not paths.PRODUCTION.exists()
     assert git("tag") == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("export.steps=2", "steps: 1, in hand is 2"),
+        ("export.precision=float16", "precision: float32, in hand is float16"),
+        ("export.opset=20", "opset: 18, in hand is 20"),
+        ("preset", "preset: smoke, in hand is another"),
+        ("start positions", "start positions: (0, 5), in hand is "),
+        ("logit prefix", "logit prefix: 3, in hand is "),
+        ("tokenizer", "tokenizer: "),
+    ],
+)
+def test_a_bundle_that_is_not_of_the_configuration(workspace: Path, change: str, said: str) -> None:
+    """Committed settings and the row that was judged say nothing of a bundle that was exported before."""
+    export("first")
+    values, manifest = compose(PARAMS, ["preset=smoke"]), read_manifest(paths.ONNX_BUNDLE)
+    if change.startswith("export."):
+        values = compose(PARAMS, ["preset=smoke", change])
+    elif change == "preset":
+        values["preset"] = "another"
+    elif change == "tokenizer":
+        spoilt = {**manifest.files, TOKENIZER_FILE: sha256_file(paths.DD2_GENERATOR)}
+        shutil.copy(paths.DD2_GENERATOR, paths.ONNX_BUNDLE / TOKENIZER_FILE)
+        write_manifest(paths.ONNX_BUNDLE, replace(manifest, files=spoilt))
+    else:
+        fact = {"start_positions": (0, 5)} if change == "start positions" else {"logit_prefix": 3}
+        write_manifest(paths.ONNX_BUNDLE, replace(manifest, model=replace(manifest.model, **fact)))
+    write_params(values, paths.PARAMS)
+    with pytest.raises(CommandError, match="is not of this configuration and these files; run dvc repro") as error:
+        exported_files(load_config(paths.PARAMS))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["export.json", "model_card.md", "model.onnx"])
+def test_what_goes_with_a_bundle_is_of_its_graph(workspace: Path, file: str) -> None:
+    export("first")
+    config, graph = load_config(paths.PARAMS), sha256_file(paths.ONNX_BUNDLE / "model.onnx")
+    assert exported_files(config)["model.onnx"] == graph
+    if file == "export.json":
+        write_json(paths.EXPORT_METRICS, {"parity": {"largest": 1e-6}, "sha256": {"model.onnx": "00" * 32}})
+        said = "of another graph than the bundle's; run dvc repro"
+    elif file == "model_card.md":
+        paths.MODEL_CARD.write_text(f"student {'00' * 32}, graph {graph}")
+        said = r"model_card\.md: is of another model or graph; run dvc repro"
+    else:
+        (paths.ONNX_BUNDLE / file).write_text("altered")
+        said = r"model\.onnx: damaged or changed"
+    with pytest.raises((CommandError, BundleError), match=said):
+        exported_files(config)
+
+
+def test_settings_that_did_not_make_the_model_are_not_its_source(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Committed, they would be in the version's source commit."""
+    write_params(compose(PARAMS, ["preset=smoke", "export.license=none"]), paths.PARAMS)
+    commit()
+    assert main(["promote", "--commit", "--reason", "because"]) == 1
+    assert "run dvc repro\n  export_onnx: params.yaml" in capsys.readouterr().err
+    assert not paths.PRODUCTION.exists()
+
+
+def test_what_was_put_away_or_follows_the_export_stops_no_promotion(repository: Path) -> None:
+    write_yaml(
+        "dvc.yaml",
+        {
+            "stages": {
+                "sample": {"cmd": "mkdir samples", "outs": ["samples"]},
+                "export_onnx": {"cmd": "true", "params": ["export"], "deps": ["samples"]},
+                "later": {"cmd": "false", "outs": ["never"]},
+            }
+        },
+    )
+    subprocess.run(["dvc", "repro", "--quiet", "export_onnx"], check=True)
+    commit()
+    Path("samples").rmdir()
+    assert main(["promote", "--reason", "because"]) == 0
+
+
+def test_a_graph_that_is_judged_otherwise_than_its_model_was_is_not_promoted(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stated = json.loads(paths.METRICS.read_text())["protocol"]
+    monkeypatch.setattr(JUDGE, judgement(protocol={**stated, "reference_sha256": "00" * 32}))
+    assert main(["promote", "--reason", "because"]) == 1
+    assert "by another protocol than its graph is now: reference_sha256; run dvc repro" in capsys.readouterr().err
+    # What is stored is what the graph was judged by.
+    monkeypatch.setattr(JUDGE, judgement(protocol={**stated, "versions": {"torch": "9"}}))
+    assert main(["promote", "--reason", "because"]) == 0
+    kept = Registry.load(paths.PRODUCTION).versions["v1.0.0"]["exported"]
+    assert kept["protocol"]["versions"] == {"torch": "9"}
+
+
+@pytest.mark.parametrize(("pytorch", "passes"), [({"fid": 3.1}, True), ({"fid": 2.9}, False), (None, False)])
+def test_the_graph_is_compared_with_pytorch_from_the_same_noise(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, pytorch: dict[str, float] | None, passes: bool
+) -> None:
+    """The row's 3.0 is a mean of seeds; where PyTorch's samples of this one are not there, it has to do."""
+    export("first")
+    values = compose(PARAMS, ["preset=smoke"])
+    values["gate"]["export_rules"] = {"as well": {"value": "exported.fid", "relative_to": "pytorch.fid", "max": 1.02}}
+    write_params(values, paths.PARAMS)
+    monkeypatch.setattr(JUDGE, judgement(pytorch=pytorch))
+    config = load_config(paths.PARAMS)
+    if passes:
+        assert judge_export(config)["pytorch"] == pytorch
+        return
+    ratio = 3.1 / (pytorch or {"fid": 3.0})["fid"]
+    with pytest.raises(ModelRefusedError, match=rf"exported\.fid / pytorch\.fid = {ratio:.4g}, at most 1\.02"):
+        judge_export(config)
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits_var", "var_d16", "released_dd1_var_d16"])
+def test_the_presets_compare_the_graph_with_pytorch_alone(preset: str) -> None:
+    rules = compose(PARAMS, [f"preset={preset}"])["gate"]["export_rules"].values()
+    compared = [rule["relative_to"] for rule in rules if rule.get("relative_to")]
+    assert compared
+    assert all(quantity.startswith("pytorch.") for quantity in compared)
+
+
+# Two at a time
+
+
+def test_one_promotion_or_rollback_at_a_time(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = (["promote", "--reason", "mine"], ["rollback", "--reason", "mine"])
+    with held(LOCK, "ddops promote, by Bob"):
+        for command in commands:
+            assert main(command) == EXIT_TRY_AGAIN
+            assert "production.lock is held by ddops promote, by Bob (process " in capsys.readouterr().err
+    assert not paths.PRODUCTION.exists()
+    # A run holds its workspace while it promotes.
+    with locked(repository, "run nightly", 0, print):
+        assert main(commands[0]) == 0, capsys.readouterr().err
+    assert Registry.load(paths.PRODUCTION).current == "v1.0.0"
+
+
+def test_a_registry_that_changes_meanwhile_is_not_overwritten(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a pull from Git, say, which takes no lock."""
+    assert main(["promote", "--reason", "the first"]) == 0, capsys.readouterr().err
+    retrain("second")
+
+    def pulled(evaluate: object, export: object) -> dict[str, Any]:
+        theirs = Registry.load(paths.PRODUCTION)
+        facts = {**theirs.versions["v1.0.0"], "files": {"model.onnx": "11" * 32}}
+        theirs.promote("v2.0.0", facts, by="Bob", reason="theirs")
+        Path("production/v2.0.0").mkdir()
+        return judgement()(evaluate, export)
+
+    monkeypatch.setattr(JUDGE, pulled)
+    assert main(["promote", "--reason", "ours"]) == 1
+    assert "changed while the graph was judged" in capsys.readouterr().err
+    assert [step["reason"] for step in Registry.load(paths.PRODUCTION).history] == ["the first", "theirs"]
+    assert list(Path("production/v2.0.0").iterdir()) == []
+
+
+def test_a_rollback_to_another_presets_version_is_put_on_record_too(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The version's own tags look the same before and after it; killed in between, it must be tagged all the same."""
+    assert main(["promote", "--reason", "the first"]) == 0, capsys.readouterr().err
+    write_params({**compose(PARAMS, ["preset=smoke"]), "preset": "other"}, paths.PARAMS)
+    retrain("second")
+    assert main(["promote", "--reason", "another preset"]) == 0, capsys.readouterr().err
+    alive = repository_commands._run
+
+    def dying(command: list[str]) -> str:
+        if "assign" in command:
+            raise KeyboardInterrupt
+        return alive(command)
+
+    command = ["rollback", "--reason", "it was not"]
+    with monkeypatch.context() as broken:
+        broken.setattr(repository_commands, "_run", dying)
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    assert "smoke#production#2" not in git("tag").split()
+    assert main(command) == 0, capsys.readouterr().err
+    assert "committed and tagged now" in capsys.readouterr().out
+    assert {"smoke#production#1", "other#production#1", "smoke#production#2"} <= set(git("tag").split())
+    assert main(command) == 1, "and only once: there is no earlier version"

@@ -61,6 +61,7 @@ REFUSED = {
     "rules": [{"rule": "near", "quantity": "a.fid", "value": None, "bound": "at most 2", "passed": False}],
 }
 EXPORT = {"parity": {"largest": 3.5e-6, "mean": 1e-7, "images": 256}, "bytes": 2_340_000, "steps": 1}
+EXPORT["sha256"] = {"model.onnx": "9a78" * 16}
 CURVE = {"fid_1step": ([10, 20, 30], [90.0, 30.0, 11.0]), "fid_2step": ([10, 20, 30], [40.0, 12.0, 6.0])}
 
 
@@ -167,7 +168,14 @@ def test_the_model_card_holds_the_same_facts(tmp_path):
     card = page(tmp_path, "model_card.md")
     assert "| DD1 student, 1 step | 1 | 10.12 \u00b1 0.11 | 2.00 | 90.5% \u00b1 0.2% |" in card
     assert "| near | a.fid / b.fid | 1.988 | at most 2 | passed |" in card
-    for fact in ("# digits:", "`digits`: 1797 samples", "seeds 1, 2, 3", "cd34cd34", "The gate accepted it."):
+    for fact in (
+        "# digits:",
+        "`digits`: 1797 samples",
+        "seeds 1, 2, 3",
+        "cd34" * 16,
+        "9a78" * 16,
+        "The gate accepted it.",
+    ):
         assert fact in card
     assert "on 256 images: largest\ndifference of a pixel 3.5e-06, mean 1e-07" in card
     judged = {**EXPORT, "fid_loss": 0.01, "exported": {"fid": 10.135}, "pytorch": {"fid": 10.125}}

@@ -12,6 +12,7 @@ from ddops.captions.errors import CaptionError
 from ddops.captions.pretrained import CLIP_MEAN, CLIP_STD, ImageTextModel, write_seeded_encoder
 from ddops.captions.store import CaptionSet
 from ddops.config.captions import PublishedEncoderConfig
+from ddops.config.evaluation import LocalFile
 from ddops.config.load import ConfigError, compose, validate
 from ddops.evaluation.errors import MetricError
 from ddops.evaluation.gate import comparable
@@ -19,9 +20,10 @@ from ddops.evaluation.judge import DigitsJudge
 from ddops.evaluation.metrics import Reference, look
 from ddops.evaluation.protocols import open_protocol
 from ddops.evaluation.ruler import Asked, Ruler
+from ddops.files import sha256_file
 from ddops.hub.records import DownloadError
 from ddops.models.classifier import DigitsClassifier
-from ddops.stages.statistics import asked, statistics_file
+from ddops.stages.statistics import asked, reference_facts, statistics_file
 from test_captions import ENCODER, PROMPTS, encoder, encoder_directory, settings  # noqa: F401
 from tiny import PARAMS
 
@@ -146,6 +148,22 @@ def test_prompts_and_clip_are_found(tmp_path, encoder, clip_directory):  # noqa:
     assert (found.prompts, found.clip) == (PROMPTS, clip_directory)
     assert asked(evaluate, tmp_path).clip is None
     assert asked(validate(compose(PARAMS, ["preset=digits"]), "here").evaluate, tmp_path / "none") is None
+
+
+def test_what_the_gate_asks_of_figures_is_what_they_state(tmp_path, encoder, clip_directory):  # noqa: F811
+    config, statistics = config_of(), tmp_path / "statistics.npz"
+    statistics.write_bytes(b"statistics")
+    encode_set(tmp_path / "prompts", PromptSet(PROMPTS), encoder, settings(), {})
+    files = ("model.safetensors",)
+    clip = PublishedEncoderConfig(name="clip", repo="o/clip", revision="main", files=files, path=str(clip_directory))
+    here = replace(config.evaluate, statistics=LocalFile(path=str(statistics)), clip=clip)
+    config = replace(config, evaluate=here)
+    stated = ruler_of(config, asked(here, tmp_path / "prompts")).facts() | {"reference_sha256": sha256_file(statistics)}
+    facts = reference_facts(here, tmp_path / "prompts")
+    assert facts.keys() == {"reference_sha256", "prompts_sha256", "clip_sha256"}
+    assert facts == {name: stated[name] for name in facts}
+    assert reference_facts(replace(here, clip=None), tmp_path / "prompts")["clip_sha256"] is None
+    assert reference_facts(validate(compose(PARAMS, ["preset=digits"]), "here").evaluate, tmp_path) == {}
 
 
 def test_the_file_of_statistics_is_yours_and_checked(tmp_path):

@@ -63,6 +63,7 @@ def test_every_row_has_the_papers_columns_and_says_what_it_is_of(workspace, judg
         assert (row["samples"], row["runs"]) == (1797, 2)
         assert row["seconds_range"][0] <= row["seconds"] <= row["seconds_range"][1]
         assert ("ppl" in row) == (name == "dd1_1step")
+        assert row["commit"] == result["provenance"]["Git commit"]
     assert result["rows"]["teacher"]["fid_spread"] > 0
     assert result["protocol"].keys() >= {"name", "reference_sha256", "seeds", "asked_for", "drawing_sha256", "versions"}
     assert result["ppl"] == {"samples": 20, "epsilon": 0.01}
@@ -127,6 +128,26 @@ def test_what_the_pipeline_judged_by_this_protocol_is_taken_over(workspace, judg
     assert main(COMMAND) == 0
     assert ("teacher" in judged) != same
     assert (json.loads(RESULT.read_text())["rows"]["teacher"]["fid"] == 123.0) == same
+
+
+def test_times_of_two_runs_do_not_stand_in_one_table(workspace, judged):
+    assert main(COMMAND) == 0
+    assert main([*COMMAND[:2], "teacher", *COMMAND[3:]]) == 0
+    rows = json.loads(RESULT.read_text())["rows"]
+    assert [name for name, row in rows.items() if "seconds" in row] == ["teacher"]
+
+
+def test_the_clock_does_not_see_noise_being_made(workspace, judged, monkeypatch):
+    """Of a student, which needs nothing else; the noise is made before."""
+    drawn = []
+    generator = type("Row", (), {"draw": None, "generator": staticmethod(lambda noise, labels: drawn.append(noise))})
+    models = type("Models", (), {"device": torch.device("cpu")})
+    models.teacher = type("Teacher", (), {"num_conditions": 2, "codebook_VC": torch.zeros(5, 3)})
+    models.teacher.layout = type("Layout", (), {"length": 7})
+    draw = table._prepared(generator, models, 4, 0)
+    monkeypatch.setattr("ddops.evaluation.drawing.sample_noise", lambda *_: 1 / 0)
+    draw()
+    assert drawn[0].shape == (4, 7, 3)
 
 
 def test_without_the_network_of_the_path_length_nothing_is_begun(workspace, judged, capsys, monkeypatch):

@@ -25,16 +25,18 @@ from ddops.commands.arguments import CommandError
 from ddops.config.load import ConfigError
 from ddops.evaluation.errors import MetricError
 from ddops.export.errors import BundleError, ExportError
+from ddops.lock import HeldError
 from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
-from ddops.stages.common import EXIT_REFUSED, ModelRefusedError
+from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
 
 EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError)
 """Errors whose message says what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 3 where a model is refused, or 1 after another error that was explained."""
+    """Run one command; the exit code is 0, 3 where a model is refused, 75 where somebody else is at it, or 1 after
+    another error that was explained."""
     parser = argparse.ArgumentParser(prog="ddops", description="Distil image AR models into one-step generators.")
     parser.add_argument("--version", action="version", version=f"ddops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -48,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModelRefusedError as error:
         print(error, file=sys.stderr)
         return EXIT_REFUSED
+    except HeldError as error:
+        print(error, file=sys.stderr)
+        return EXIT_TRY_AGAIN
     except (*EXPLAINED, CommandError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,9 +7,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ddops.commands.arguments import CommandError, Subparsers
+from ddops.commands.in_hand import exported_files, fresh_decision, judge_export, require_consistent
 from ddops.commands.repository import (
     commit_and_tag,
     commit_changed,
@@ -22,12 +23,10 @@ from ddops.commands.repository import (
 )
 from ddops.config.base import plain
 from ddops.config.load import load_config
-from ddops.config.stages import Config
-from ddops.evaluation.gate import decide
 from ddops.files import sha256_file, sha256_json
+from ddops.lock import held
 from ddops.production import Registry
 from ddops.stages import paths
-from ddops.stages.common import ModelRefusedError, StageError, drawing_of
 
 BESIDE: Final = (paths.METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS, paths.MODEL_CARD)
 """Files that go with a version's bundle, as far as they are there."""
@@ -39,6 +38,11 @@ RESULTS: Final = (
     *(paths.ENGINE_METRICS, paths.TRAJECTORIES_THROUGHPUT),
 )
 """What a run writes that Git keeps, beside :data:`RUN`."""
+
+EXPORTING: Final = "export_onnx"
+"""The stage whose bundle is promoted."""
+LOCK: Final = Path(".ddops/production.lock")
+"""Held through a promotion or a rollback. Not the lock of a run, which holds that while it promotes."""
 
 
 def register(commands: Subparsers) -> None:
@@ -73,14 +77,22 @@ def run_promote(arguments: argparse.Namespace) -> None:
     Raises:
         ModelRefusedError: a rule of the gate fails, or one for the exported graph.
         CommandError: what is in hand is not what was judged, or not committed.
+        BundleError: there is no bundle, or it is damaged.
+        HeldError: another promotion or rollback is at it.
     """
     require_tools()
+    by = arguments.by or user()
+    with held(LOCK, f"ddops promote, by {by}"):
+        _promote(arguments, by)
+
+
+def _promote(arguments: argparse.Namespace, by: str) -> None:
     config, registry = load_config(paths.PARAMS), Registry.load(paths.PRODUCTION)
     # A run asks for what is new, whatever was left to be done of the step before; a person, for one step.
     if _finished(registry) and not arguments.if_new:
         return
-    decision = _fresh_decision(config)
-    files = _exported_files(config)
+    decision = fresh_decision(config)
+    files = exported_files(config)
     model = {"student_sha256": decision["student_sha256"], "export_sha256": sha256_json(plain(config.export))}
     if registry.current is not None:
         known = registry.versions[registry.current]
@@ -92,9 +104,12 @@ def run_promote(arguments: argparse.Namespace) -> None:
             raise CommandError(said)
     origin = CODE if arguments.commit else (*CODE, *RUN)
     require_committed([path for path in origin if path.exists()])
-    exported = _judge_export(config)
+    require_consistent(EXPORTING)
+    exported = judge_export(config)
     if arguments.commit:
         commit_changed([path for path in (*RUN, *RESULTS) if path.exists()], f"Run of {config.preset}")
+    if Registry.load(paths.PRODUCTION) != registry:
+        raise CommandError(f"{paths.PRODUCTION}: changed while the graph was judged; see ddops production, then go on")
 
     version = registry.next_version()
     directory = paths.PRODUCTION.parent / version
@@ -111,23 +126,25 @@ def run_promote(arguments: argparse.Namespace) -> None:
         "row": config.export.row,
         "metrics": json.loads(paths.METRICS.read_text()),
     }
-    registry.promote(version, facts, by=arguments.by or user(), reason=arguments.reason)
+    registry.promote(version, facts, by=by, reason=arguments.reason)
     _record(registry)
     print(f"{version} is in production: {directory}. Back to the one before: ddops rollback --reason WHY")
 
 
 def run_rollback(arguments: argparse.Namespace) -> None:
-    """Return to an earlier version, whose bundle must be whole."""
+    """Return to an earlier version, whose bundle must be whole; raises as :func:`run_promote`."""
     require_tools()
-    registry = Registry.load(paths.PRODUCTION)
-    if _finished(registry):
-        return
-    version = registry.earlier(arguments.to)
-    facts = registry.versions[version]
-    _require_whole(Path(facts["bundle"]), facts["files"])
-    registry.rollback(version, by=arguments.by or user(), reason=arguments.reason)
-    _record(registry)
-    print(f"{version} is in production again: {facts['bundle']}")
+    by = arguments.by or user()
+    with held(LOCK, f"ddops rollback, by {by}"):
+        registry = Registry.load(paths.PRODUCTION)
+        if _finished(registry):
+            return
+        version = registry.earlier(arguments.to)
+        facts = registry.versions[version]
+        _require_whole(Path(facts["bundle"]), facts["files"])
+        registry.rollback(version, by=by, reason=arguments.reason)
+        _record(registry)
+        print(f"{version} is in production again: {facts['bundle']}")
 
 
 def _finished(registry: Registry) -> bool:
@@ -138,7 +155,8 @@ def _finished(registry: Registry) -> bool:
     if not registry.history:
         return False
     version = registry.history[-1]["version"]
-    if is_recorded(registry.path, registry.versions[version]["preset"], version):
+    presets = [registry.versions[step["version"]]["preset"] for step in registry.history]
+    if is_recorded(registry.path, presets[-1], version, presets.count(presets[-1])):
         return False
     _record(registry)
     print(f"{version} has been in production, but was not on record: committed and tagged now, and nothing else done")
@@ -168,57 +186,6 @@ def run_show(arguments: argparse.Namespace) -> None:
     print(f"in production: {registry.current}, {registry.versions[registry.current]['bundle']}")
     for step in registry.history:
         print(f"  {step['at']}  {step['what']:<9}{step['version']:<8}{step['by']}: {step['reason']}")
-
-
-def _fresh_decision(config: Config) -> dict[str, Any]:
-    """The gate's decision, made anew on the files in hand: a model that changed since is not the one that passed."""
-    from ddops.stages.gate import decide_now
-
-    if not paths.GATE_DECISION.exists():
-        raise CommandError(f"{paths.GATE_DECISION}: missing; run dvc repro gate")
-    try:
-        decided = decide_now(config.gate, config.evaluate, config.export, drawing_of(config))
-    except StageError as error:
-        raise CommandError(str(error)) from error
-    recorded = json.loads(paths.GATE_DECISION.read_text())
-    if not decided.passed:
-        raise ModelRefusedError("the gate refuses this model\n  " + "\n  ".join(decided.failed()))
-    if recorded.get("student_sha256") != decided.student_sha256 or not recorded.get("passed"):
-        raise CommandError(f"{paths.GATE_DECISION}: is of another model or refused it; run dvc repro gate")
-    return decided.plain()
-
-
-def _exported_files(config: Config) -> dict[str, str]:
-    """The bundle's files and their hashes, if it is of the student in hand."""
-    manifest = paths.ONNX_BUNDLE / "manifest.json"
-    if not manifest.exists():
-        raise CommandError(f"{manifest}: missing; run dvc repro export_onnx")
-    stated = json.loads(manifest.read_text())["facts"].get("ddops.student_sha256")
-    student = sha256_file(paths.STUDENTS[config.export.student])
-    if stated != student:
-        raise CommandError(
-            f"{manifest}: is of the student {str(stated)[:12]}, in hand is {student[:12]}; run dvc repro export_onnx"
-        )
-    files = sorted(file for file in paths.ONNX_BUNDLE.rglob("*") if file.is_file())
-    return {str(file.relative_to(paths.ONNX_BUNDLE)): sha256_file(file) for file in files}
-
-
-def _judge_export(config: Config) -> dict[str, Any]:
-    """Figures of the graph's own samples, by the protocol that the model was judged by, at its first seed.
-
-    Raises:
-        ModelRefusedError: an export rule fails.
-    """
-    from ddops.stages.export_onnx import judge_exported
-
-    figures = judge_exported(config.evaluate, config.export)
-    metrics: dict[str, Any] = json.loads(paths.METRICS.read_text())
-    known = {**metrics, "export": json.loads(paths.EXPORT_METRICS.read_text()), "exported": figures}
-    verdicts = decide(known, config.gate.export_rules, row=config.export.row)
-    if failed := [verdict.sentence() for verdict in verdicts if not verdict.passed]:
-        raise ModelRefusedError("the exported graph is refused\n  " + "\n  ".join(failed))
-    protocol = {**metrics["protocol"], "seeds": [config.evaluate.seeds[0]]}
-    return {"protocol": protocol, "figures": figures, "rules": [verdict.sentence() for verdict in verdicts]}
 
 
 def _copy_bundle(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from ddops.commands.arguments import CommandError
 
 STAGE: Final = "production"
 """GTO's name for where a version is in use."""
+_PUT_AWAY: Final = ("deleted", "not in cache")
+"""DVC's words."""
 
 
 def git(*arguments: str) -> str:
@@ -51,17 +54,40 @@ def require_committed(paths: Sequence[Path]) -> None:
         )
 
 
-def is_recorded(registry: Path, preset: str, version: str) -> bool:
-    """Whether the registry is committed as it is, and the version the one that was tagged as in production last."""
+def is_recorded(registry: Path, preset: str, version: str, steps: int) -> bool:
+    """Whether the registry is committed as it is, and its last step tagged.
+
+    Args:
+        version: of the preset, the one that the last step led to.
+        steps: the registry's that led to a version of this preset. GTO numbers the preset's tags, not the project's: a
+            return to the version that was its last one looks as before, but for the number.
+    """
     if git("status", "--porcelain", "--", str(registry)):
         return False
     registered = git("tag", "--list", f"{preset}@{version}")
-    assigned = git("tag", "--list", f"{preset}#{STAGE}#*").split()
-    if not registered or not assigned:
+    numbers = [int(tag.rpartition("#")[2]) for tag in git("tag", "--list", f"{preset}#{STAGE}#*").split()]
+    if not registered or not numbers or max(numbers) < steps:
         return False
     # GTO puts both tags on the version's own commit.
-    last = max(assigned, key=lambda tag: int(tag.rpartition("#")[2]))
-    return git("rev-list", "-1", last) == git("rev-list", "-1", registered)
+    return git("rev-list", "-1", f"{preset}#{STAGE}#{max(numbers)}") == git("rev-list", "-1", registered)
+
+
+def stale_stages(target: str) -> dict[str, list[str]]:
+    """By stage of those that lead to ``target``, it included: what is not as in its last run. A result that was put
+    away, here or in DVC's cache, is none of that.
+
+    Raises:
+        CommandError: there is no such stage.
+    """
+    stale: dict[str, list[str]] = {}
+    for stage, entries in json.loads(dvc("status", "--json", "--with-deps", target)).items():
+        for entry in entries:
+            # {"changed deps": {path: state}}, or the bare words "changed command".
+            changed = entry if isinstance(entry, dict) else {entry: {entry: "modified"}}
+            names = [name for states in changed.values() for name, state in states.items() if state not in _PUT_AWAY]
+            if names:
+                stale.setdefault(stage, []).extend(names)
+    return stale
 
 
 def commit_changed(files: Sequence[Path], message: str) -> None:

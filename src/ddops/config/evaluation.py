@@ -225,6 +225,7 @@ class GateConfig:
 
     rules: dict[str, GateRule]
     export_rules: dict[str, GateRule]
-    """What the exported graph must reach before it can be promoted: on ``reports/export.json`` (``parity.largest``) and
-    on the figures of its own samples (``exported.fid``)."""
+    """What the exported graph must reach before it can be promoted: on ``reports/export.json``
+    (``export.parity.largest``), and on the figures of its own samples (``exported.fid``) beside those of PyTorch's
+    samples of the same noise and labels (``pytorch.fid``; where these were not kept, the student's row)."""
     override: GateOverride | None = None

@@ -47,6 +47,11 @@ class Device:
     overlaps: bool = True
     """Whether arithmetic, memory and launching go on at once, as on a GPU; a CPU's thread does one after the other."""
 
+    @property
+    def kind(self) -> str:
+        """As torch names it."""
+        return "cuda" if self.overlaps else "cpu"
+
     def seconds(self, operators: Iterable[Operator], *, half: bool = False) -> float:
         """Each operator takes what its arithmetic, its bytes or its launch takes, whichever is most; or all of it.
         ``half``: operators that were noted in float32 would run in bfloat16."""

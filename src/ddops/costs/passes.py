@@ -20,7 +20,7 @@ from ddops.costs.ledger import Ledger, Operator, kept_bytes, without_values
 from ddops.distill.ar_diffusion import ar_diffusion_objective
 from ddops.distill.dd1 import dd1_objective
 from ddops.distill.dd2 import DD2Objectives
-from ddops.flow.solvers import CHUNK_ELEMENTS
+from ddops.flow.solvers import CHUNK_ELEMENTS, OTHER_CHUNK_ELEMENTS
 from ddops.losses.perceptual import PerceptualDistance
 from ddops.models.ar_diffusion import new_ar_diffusion
 from ddops.models.conditions import Captions, attach_captions
@@ -157,13 +157,15 @@ def teacher_work(teacher: Teacher, config: Config, batch: int) -> list[Work]:
     return [Work(ask(middle), len(sizes))]
 
 
-def map_work(model: ModelConfig, config: FlowMapConfig, batch: int, device: str = "cpu") -> list[Work]:
-    """The flow map of all levels of a batch, in closed form: a step is two products, a softmax and a maximum."""
+def map_work(model: ModelConfig, config: FlowMapConfig, batch: int, device: str) -> list[Work]:
+    """The flow map of all levels of a batch on a ``device`` as torch names its kind, in closed form: a step is two
+    products, a softmax and a maximum."""
     evaluations = ADAPTIVE_EVALUATIONS if config.solver == "adaptive" else config.evaluations
+    pairs = CHUNK_ELEMENTS.get(device, OTHER_CHUNK_ELEMENTS)
     codes, work = model.codebook_size, []
     for size in model.level_sizes:
         tokens = batch * size
-        chunks = -(-tokens * codes // CHUNK_ELEMENTS[device]) if device in CHUNK_ELEMENTS else 1
+        chunks = -(-tokens * codes // pairs)
         array = 4.0 * codes * tokens / chunks
         product = Operator(2.0 * codes * (model.code_dim + 1) * tokens / chunks, 2 * array)
         step = [product, Operator(0, 2 * array), Operator(0, array), product]

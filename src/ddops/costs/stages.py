@@ -105,7 +105,8 @@ def samples(config: Config) -> int:
 def _trajectories(config: Config, teacher: Teacher, device: Device) -> StageCost:
     weights = _bytes(teacher)
     batch = trajectory_batch(config, weights, device)
-    work = trajectory_work(teacher, config, batch) + map_work(config.teacher.model, config.trajectories, batch)
+    work = trajectory_work(teacher, config, batch)
+    work += map_work(config.teacher.model, config.trajectories, batch, device.kind)
     batches = config.trajectories.count / batch
     memory = weights + batch * sample_bytes(config.teacher.model, config.trajectories.precision)
     return StageCost(batches * _flops(work), batches * _seconds(work, device), memory, batch)
@@ -143,7 +144,7 @@ def _sample(config: Config, teacher: Teacher, student: Student, device: Device) 
     decode = [decode_work(teacher, batch)]
     by_teacher = teacher_work(teacher, config, batch)
     by_student = [student_work(teacher, student, config, 1, batch)]
-    by_map = map_work(config.teacher.model, config.trajectories, batch)
+    by_map = map_work(config.teacher.model, config.trajectories, batch, device.kind)
     flops = seconds = 0.0
     for row in config.evaluate.rows:
         kind, numbers = parse_row(row)

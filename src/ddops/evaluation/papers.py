@@ -11,6 +11,12 @@ PROTOCOL: Final = "dd_50k"
 """Which the figures below are of: they stand beside figures of that protocol and of no other."""
 OTHER_PROTOCOLS: Final = {"llamagen_xl_t2i_256": "t2i_30k"}
 """But for these: of captions (Table 3). The paper's prompts and real images are not published."""
+_JUDGE: Final = {"feature_dim": 2048, "image_size": 256, "resize": "pytorch_fid"}
+PAPERS_FACTS: Final[dict[str, dict[str, Any]]] = {
+    "dd_50k": {"asked_for": "50000 samples", **_JUDGE},
+    "t2i_30k": {"asked_for": "30000 samples", **_JUDGE},
+}
+"""What these protocols are unless their settings were changed."""
 FIDS: Final[dict[str, dict[str, float]]] = {
     "var_d16": {
         "teacher": 4.19,
@@ -62,19 +68,30 @@ SPEEDUPS: Final[dict[str, dict[str, float]]] = {
 }
 
 
-def paper_figure(figures: Mapping[str, Mapping[str, float]], preset: str, protocol: str, row: str) -> float | None:
-    """The paper's figure of a row, None where it has none or the protocol is another."""
-    teacher = preset.removeprefix("released_dd1_")
-    if protocol != OTHER_PROTOCOLS.get(teacher, PROTOCOL):
+def paper_figure(
+    figures: Mapping[str, Mapping[str, float]], preset: str, protocol: Mapping[str, Any], row: str
+) -> float | None:
+    """The paper's figure of a row, None where it has none or the protocol is another: by name, or in what makes up
+    the papers' (:data:`PAPERS_FACTS`)."""
+    teacher = preset.removeprefix("released_dd1_").removesuffix("_dd2")
+    name = OTHER_PROTOCOLS.get(teacher, PROTOCOL)
+    if protocol.get("name") != name or any(protocol.get(key) != value for key, value in PAPERS_FACTS[name].items()):
         return None
     return figures.get(teacher, {}).get(row)
 
 
 def all_rows(
-    level_sizes: Sequence[int], start_positions: Sequence[int], *, trajectories: bool, dd2: bool = False
+    level_sizes: Sequence[int],
+    start_positions: Sequence[int],
+    *,
+    trajectories: bool,
+    marginals: bool = True,
+    dd2: bool = False,
+    ar_diffusion: bool = False,
 ) -> list[str]:
     """Every row of the papers' tables for a teacher of these levels: their own for VAR and LlamaGen, and for others
-    those at the same fractions of the levels."""
+    those at the same fractions of the levels. ``marginals``: whether the trajectories are of the conditions that
+    images are asked for by."""
     levels, last = len(level_sizes), start_positions[-1] + 1
     involved = sorted({1 + math.ceil(share * (last - 1)) for share in (0, 0.5, 0.75)}) if last > 1 else []
     one_token = max(level_sizes) == 1
@@ -84,9 +101,12 @@ def all_rows(
         *(f"teacher_involved_{first}_{last}" for first in involved if first < last),
         *(f"dd1_{steps}step" for steps in range(len(start_positions), 0, -1)),
         *((f"dd2_{steps}step" for steps in range(len(start_positions), 1, -1)) if dd2 else ()),
-        *(("dd2_1step", "dd2_refine_1", "dd2_refine_2", "ar_diffusion") if dd2 else ()),
+        *(("dd2_1step",) if dd2 else ()),
+        *(("dd2_refine_1", "dd2_refine_2") if dd2 and ar_diffusion else ()),
+        *(("ar_diffusion",) if ar_diffusion else ()),
         *(f"skip_{count}" for count in sorted({max(1, count) for count in skipped}) if count < levels),
-        *(("onestep_class", "onestep_star") if trajectories else ()),
+        *(("onestep_class",) if trajectories and marginals else ()),
+        *(("onestep_star",) if trajectories else ()),
     ]
 
 
@@ -95,8 +115,9 @@ class Claim(NamedTuple):
 
     claim: str
     holds: bool
-    clear: bool
-    """Whether the two differ by more than the spread of their difference over the sampling seeds."""
+    clear: bool | None
+    """Whether the two differ by more than the spread of their difference over the sampling seeds; None where one of
+    them has no spread, being of one seed."""
 
 
 def ordering(rows: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
@@ -112,8 +133,10 @@ def ordering(rows: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
     found = []
     for better, worse in pairs:
         a, b = rows[better]["fid"], rows[worse]["fid"]
-        spread = math.hypot(*(rows[name].get("fid_spread", 0.0) for name in (better, worse)))
-        found.append(Claim(f"{better} {a:.2f} < {worse} {b:.2f}", bool(a < b), bool(abs(a - b) > spread)))
+        clear = None
+        if all(rows[name]["runs"] > 1 for name in (better, worse)):
+            clear = bool(abs(a - b) > math.hypot(*(rows[name]["fid_spread"] for name in (better, worse))))
+        found.append(Claim(f"{better} {a:.2f} < {worse} {b:.2f}", bool(a < b), clear))
     return found
 
 

@@ -34,16 +34,10 @@ from ddops.models.weights import load_student, load_teacher
 from ddops.models.weights_dd2 import load_ar_diffusion, load_generator
 from ddops.sampling.ar_diffusion import refine, sample_ar_diffusion
 from ddops.sampling.few_step import sample_student
+from ddops.sampling.independent import TokenPools
 from ddops.sampling.mixed import sample_skipping, sample_teacher_involved
 from ddops.sampling.noise import Stream, normals, uniforms
-from ddops.sampling.teacher import (
-    Picker,
-    categorical_picker,
-    flow_picker,
-    sample_marginals,
-    sample_teacher,
-    token_marginals,
-)
+from ddops.sampling.teacher import Picker, categorical_picker, flow_picker, sample_teacher
 from ddops.trajectories.dataset import TrajectoryDataset
 
 RECONSTRUCTION: Final = "reconstruction"
@@ -86,7 +80,7 @@ class Models:
     def drawn_tokens(self) -> tuple[Tensor, Tensor]:
         """Ids (N, L) and labels (N,) of the trajectories; read when a row asks for them."""
         dataset = TrajectoryDataset(self.trajectories, self.teacher.codebook_VC.shape[1])
-        return dataset.ids_NL.long(), dataset.labels_N
+        return dataset.ids_NL, dataset.labels_N
 
     @property
     def dd1_student(self) -> Student:
@@ -274,22 +268,21 @@ def _skip(models: Models, skipped: int) -> _Built:
 def _onestep_class(models: Models) -> _Built:
     """Every token independently from its class-conditional marginal."""
     ids_NL, labels_N = models.drawn_tokens
-    marginals_KLV = token_marginals(ids_NL, labels_N, models.teacher.num_conditions, len(models.teacher.codebook_VC))
-    return _Built(_independent(models, marginals_KLV, lambda labels_B: labels_B), 1, ())
+    pools = TokenPools.of(ids_NL, labels_N, models.teacher.num_conditions)
+    return _Built(_independent(models, pools, lambda labels_B: labels_B), 1, ())
 
 
 def _onestep_star(models: Models) -> _Built:
     """DD1's baseline: every token independently from its marginal over all classes."""
     ids_NL, labels_N = models.drawn_tokens
-    pooled_1LV = token_marginals(ids_NL, torch.zeros_like(labels_N), 1, len(models.teacher.codebook_VC))
-    return _Built(_independent(models, pooled_1LV, torch.zeros_like), 1, ())
+    pool = TokenPools.of(ids_NL, torch.zeros_like(labels_N), 1)
+    return _Built(_independent(models, pool, torch.zeros_like), 1, ())
 
 
-def _independent(models: Models, marginals_KLV: Tensor, which: Callable[[Tensor], Tensor]) -> Draw:
+def _independent(models: Models, pools: TokenPools, which: Callable[[Tensor], Tensor]) -> Draw:
     def draw(seed: int, indices_B: Indices, labels_B: Tensor) -> Tensor:
         uniforms_BL = torch.from_numpy(uniforms(seed, Stream.CATEGORICAL, indices_B, models.teacher.layout.length))
-        ids_BL = sample_marginals(marginals_KLV, which(labels_B), uniforms_BL)
-        return _decode_ids(models.teacher, ids_BL.to(models.device))
+        return _decode_ids(models.teacher, pools.draw(which(labels_B), uniforms_BL).to(models.device))
 
     return draw
 

@@ -146,10 +146,15 @@ def find_sources(
     student: Path, tokenizer: Path, captions: Path, dd1: DD1Config, dd2: DD2Config, export: ExportConfig
 ) -> Sources:
     """The files with what the configuration says of sampling that student; raises :class:`CheckpointError`."""
+    levels = len(load_metadata(tokenizer, TOKENIZER)[0].level_sizes)
+    return Sources(student, tokenizer, dd1.start_positions, logit_prefix(dd1, dd2, export, levels), captions)
+
+
+def logit_prefix(dd1: DD1Config, dd2: DD2Config, export: ExportConfig, levels: int) -> int:
+    """Of the student that is exported, where its teacher has so many levels."""
     if export.student == "dd1" or isinstance(dd2, NotTrainedConfig):
-        return Sources(student, tokenizer, dd1.start_positions, dd1.logit_prefix, captions)
-    config, _ = load_metadata(tokenizer, TOKENIZER)
-    return Sources(student, tokenizer, dd1.start_positions, dd2.logit_prefix(len(config.level_sizes)), captions)
+        return dd1.logit_prefix
+    return dd2.logit_prefix(levels)
 
 
 def load_graph(student: Path, tokenizer: Path, start_positions: tuple[int, ...], logit_prefix: int) -> OneStepGraph:

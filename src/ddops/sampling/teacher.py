@@ -87,23 +87,3 @@ def invert_cdf(p_BlV: Tensor, uniforms_Bl: Tensor) -> Tensor:
     cdf_BlV = p_BlV.double().cumsum(-1)
     thresholds_Bl1 = uniforms_Bl.double()[..., None] * cdf_BlV[..., -1:]
     return torch.searchsorted(cdf_BlV, thresholds_Bl1, right=True)[..., 0].clamp_max(p_BlV.shape[-1] - 1)
-
-
-def token_marginals(ids_NL: Tensor, labels_N: Tensor, num_classes: int, codebook_size: int) -> Tensor:
-    """Frequency of every code at every position for each class, float64 (classes, L, V).
-
-    Raises:
-        ValueError: a class has no sample.
-    """
-    counts_KLV = torch.zeros(num_classes, ids_NL.shape[1], codebook_size, dtype=torch.float64)
-    for label in range(num_classes):
-        ids_ML = ids_NL[labels_N == label]
-        if not len(ids_ML):
-            raise ValueError(f"no trajectory has class {label}: its marginals are unknown")
-        counts_KLV[label].scatter_add_(1, ids_ML.T, torch.ones_like(ids_ML.T, dtype=torch.float64))
-    return counts_KLV / counts_KLV.sum(-1, keepdim=True)
-
-
-def sample_marginals(marginals_KLV: Tensor, labels_B: Tensor, uniforms_BL: Tensor) -> Tensor:
-    """Every token drawn on its own from its class's marginal, ids (B, L); DD1's ``onestep*`` pools the classes."""
-    return invert_cdf(marginals_KLV[labels_B], uniforms_BL)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ddops.evaluation.ruler import Ruler, open_ruler
 from ddops.evaluation.samples import open_samples
 from ddops.export.bundle import find_sources, write_bundle
 from ddops.export.errors import ExportError
-from ddops.export.manifest import MANIFEST, MODEL
+from ddops.export.manifest import MANIFEST, MODEL, model_digests, read_manifest
 from ddops.export.provenance import provenance
 from ddops.export.session import open_session, run_session
 from ddops.files import write_json
@@ -55,14 +56,22 @@ def export(preset: str, dd1: DD1Config, dd2: DD2Config, evaluate: EvaluateConfig
     except ExportError as error:
         raise StageError(str(error)) from error
     size = sum(file.stat().st_size for file in paths.ONNX_BUNDLE.glob(f"{MODEL}*"))
-    report = {"parity": asdict(parity), "precision": export.precision, "bytes": size, "steps": export.steps}
+    report = {
+        "parity": asdict(parity),
+        "precision": export.precision,
+        "bytes": size,
+        "steps": export.steps,
+        "sha256": model_digests(read_manifest(paths.ONNX_BUNDLE)),
+    }
     if export.max_fid_loss is not None:
         report |= _compared(evaluate, export, export.max_fid_loss)
     write_json(paths.EXPORT_METRICS, report)
 
 
-def judge_exported(evaluate: EvaluateConfig, export: ExportConfig) -> dict[str, float]:
-    """Every figure of the ONNX graph at the protocol's first seed, with the noise and labels of the student's row."""
+def judge_exported(evaluate: EvaluateConfig, export: ExportConfig) -> dict[str, Any]:
+    """Every figure of the ONNX graph at the protocol's first seed, with the noise and labels of the student's row, and
+    the facts of the ruler. Under ``pytorch`` the figures of the samples that PyTorch drew of the same noise and labels,
+    None where they are not there: sampling noise does not stand between those two."""
     student = load_generator(paths.TOKENIZER, paths.STUDENTS[export.student])
     session = open_session(paths.ONNX_BUNDLE / MODEL, precision=export.precision)
     code_dim = session.get_inputs()[0].shape[-1]
@@ -73,29 +82,36 @@ def judge_exported(evaluate: EvaluateConfig, export: ExportConfig) -> dict[str, 
         given = (part.numpy() for part in flat(conditions.given(labels_B)))
         return torch.from_numpy(run_session(session, noise_BLC.numpy(), *given))
 
-    protocol, seed = open_protocol(evaluate), evaluate.seeds[0]
+    protocol, ruler, seed = open_protocol(evaluate), _ruler(evaluate), evaluate.seeds[0]
+    before = None
+    if (file := _samples_file(evaluate, export)).exists():
+        samples = open_samples(file)
+        before = ruler.figures(samples.batches(evaluate.batch_size), samples.labels_N)
     labels_N = protocol.labels(seed, conditions)
     request = Request(labels_N, evaluate.batch_size)
     batches = draw_batches(draw, request, seed, "exported", protocol.image_size)
-    return _ruler(evaluate).figures(batches, conditions.classes_K[labels_N])
+    after = ruler.figures(batches, conditions.classes_K[labels_N])
+    facts = {**ruler.facts(), "seeds": [seed]}
+    return {"protocol": facts, "samples": len(labels_N), "exported": after, "pytorch": before}
 
 
 def _compared(evaluate: EvaluateConfig, export: ExportConfig, most: float) -> dict[str, Any]:
-    """The graph's figures, those of PyTorch's samples of the same noise and labels, and the FID that was lost."""
-    samples = open_samples(require(paths.SAMPLES / export.row / f"seed{evaluate.seeds[0]}.npz", "sample"))
-    ruler = _ruler(evaluate)
-    before = ruler.figures(samples.batches(evaluate.batch_size), samples.labels_N)
-    after = judge_exported(evaluate, export)
-    loss = after["fid"] - before["fid"]
-    if not loss <= most * before["fid"]:
+    """The graph's figures beside PyTorch's, and the FID that was lost."""
+    require(_samples_file(evaluate, export), "sample")
+    judged = judge_exported(evaluate, export)
+    before, after = judged["pytorch"]["fid"], judged["exported"]["fid"]
+    if not after - before <= most * before:
         # It is not what was judged, so nobody may take it for that.
         (paths.ONNX_BUNDLE / MANIFEST).unlink()
         raise StageError(
-            f"the exported graph draws worse: FID {after['fid']:.4g}, PyTorch {before['fid']:.4g} from the same noise; "
+            f"the exported graph draws worse: FID {after:.4g}, PyTorch {before:.4g} from the same noise; "
             f"export.max_fid_loss allows {most:.1%} more"
         )
-    facts = {**ruler.facts(), "seeds": [evaluate.seeds[0]]}
-    return {"protocol": facts, "samples": len(samples), "exported": after, "pytorch": before, "fid_loss": loss}
+    return {**judged, "fid_loss": after - before}
+
+
+def _samples_file(evaluate: EvaluateConfig, export: ExportConfig) -> Path:
+    return paths.SAMPLES / export.row / f"seed{evaluate.seeds[0]}.npz"
 
 
 def _ruler(evaluate: EvaluateConfig) -> Ruler:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ddops.config.base import plain
 from ddops.config.dd2 import ARDiffusionConfig, DD2Config
-from ddops.config.evaluation import EvaluateConfig, GateConfig
+from ddops.config.evaluation import DigitsEvaluateConfig, EvaluateConfig, GateConfig
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, ExportConfig, TrajectoriesConfig
 from ddops.evaluation.gate import Decision, gate_decision
@@ -58,7 +58,7 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig,
     the hash of the settings that samples follow from now.
 
     Raises:
-        StageError: the figures or the model are missing.
+        StageError: the figures or the model are missing. CheckpointError: so with what the protocol compares with.
     """
     metrics: dict[str, Any] = json.loads(require(paths.METRICS, "evaluate").read_text())
     files = {
@@ -73,6 +73,7 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig,
         "settings_sha256": sha256_json(plain(evaluate)),
         "features_sha256": sha256_file(require(paths.CLASSIFIER, "features")),
         "drawing_sha256": drawing,
+        **_reference(evaluate),
     }
     models = {name: sha256_file(path) for name, path in files.items()}
     production = metrics_in_production(paths.PRODUCTION)
@@ -85,6 +86,14 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig,
         student=export.student,
         row=export.row,
     )
+
+
+def _reference(evaluate: EvaluateConfig) -> dict[str, str | None]:
+    if isinstance(evaluate, DigitsEvaluateConfig):
+        return {}
+    from ddops.stages.statistics import reference_facts  # loads torch, which a verdict on digits can do without
+
+    return reference_facts(evaluate, paths.EVALUATE_CAPTIONS)
 
 
 if __name__ == "__main__":

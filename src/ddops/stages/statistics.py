@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ddops.captions.store import PROMPTS, read_manifest
 from ddops.config.evaluation import EvaluateConfig, ImageNetEvaluateConfig, LocalFile, T2IEvaluateConfig
-from ddops.evaluation.ruler import Asked
+from ddops.evaluation.ruler import CLIP_WEIGHTS, Asked
 from ddops.files import sha256_file
 from ddops.hub.acquire import obtain_directory
 from ddops.hub.files import obtain_file
@@ -38,6 +38,19 @@ def asked(evaluate: EvaluateConfig, captions: Path) -> Asked | None:
     prompts = (captions / PROMPTS).read_text(encoding="utf-8").splitlines()
     clip = None if evaluate.clip is None else obtain_directory(evaluate.clip)[0]
     return Asked(prompts, manifest["prompts_sha256"], clip)
+
+
+def reference_facts(evaluate: EvaluateConfig, captions: Path) -> dict[str, str | None]:
+    """Hashes of what lies at hand of all that, under the names that figures state them by (``Ruler.facts``); none for
+    the digits, whose images come with a package. Raises as the functions above."""
+    if (statistics := statistics_file(evaluate)) is None:
+        return {}
+    facts: dict[str, str | None] = {"reference_sha256": sha256_file(statistics)}
+    if (prompts := asked(evaluate, captions)) is not None:
+        clip = prompts.clip
+        facts["prompts_sha256"] = prompts.sha256
+        facts["clip_sha256"] = None if clip is None else sha256_file(clip / CLIP_WEIGHTS)
+    return facts
 
 
 def _local_file(config: LocalFile) -> Path:
