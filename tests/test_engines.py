@@ -145,6 +145,12 @@ def test_an_engine_that_does_not_fit_is_refused_by_name_with_the_cure(engines, h
     assert f"--target {here.compute_capability}" in str(error.value)
 
 
+def test_a_portable_engine_is_refused_on_a_gpu_older_than_all_it_was_built_for(engines):
+    manifest = read_manifest(engines[0])
+    with pytest.raises(BundleError, match=r"portable engines need compute capability 80 or newer, this GPU has 75"):
+        choose_engine(manifest, machine("75"))
+
+
 @pytest.mark.parametrize(
     ("here", "cure"),
     [

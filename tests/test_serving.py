@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import stat
 import threading
 import time
@@ -308,6 +309,20 @@ def test_sigterm_finishes_what_was_accepted(bundle, tmp_path):
         assert {record["status"] for record in taken} == {200}
         assert [answer.status_code for answer in answers] == [200] * len(taken)
         assert server.records()[-1]["message"].startswith("Finished server process")
+
+
+def test_a_second_sigterm_does_not_wait(bundle, tmp_path):
+    """Not for the rest of a request, which the server gives ten seconds to come, either."""
+    head = b"POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with serving(bundle, tmp_path / "log", "--set", "drain_timeout_s=3600") as server:
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(head)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_until(lambda: "Waiting for connections to close" in server.log.read_text(), "the wait")
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(60)
+        assert not [record for record in server.records() if record.get("status") == 408]
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "registry"])

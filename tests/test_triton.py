@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from ddops.config.stages import EngineConfig, ProfileConfig
+from ddops.export.copying import copy_bundle
 from ddops.export.engines import build_engines
 from ddops.export.manifest import EngineFacts, read_manifest, verify_files
-from ddops.export.triton import onnx_config, python_config, tensorrt_config
+from ddops.export.triton import onnx_config, python_config, tensorrt_config, write_model_repository
 from ddops.inference import OneStepPipeline
 from tiny_bundle import free_port
 
@@ -67,20 +68,28 @@ try:
         one = http.InferInput(name, array.shape, kind)
         one.set_data_from_numpy(array)
         return one
+    def ask(s, i, l):
+        return client.async_infer("onestep_python", [tensor("seed", np.array(s, np.uint64), "UINT64"),
+            tensor("index", np.array(i, np.int64), "INT64"), tensor("class_label", np.array(l, np.int64), "INT64")],
+            outputs=[http.InferRequestedOutput("pixels", binary_data=False)])
+    def refusal(waiting):
+        try:
+            return waiting.get_result().as_numpy("pixels").tolist()
+        except Exception as error:
+            return str(error)
     requests = [([seed] * 2, [0, 1], [seed % 10] * 2) for seed in range(6)]
-    waiting = [client.async_infer("onestep_python", [tensor("seed", np.array(s, np.uint64), "UINT64"),
-        tensor("index", np.array(i, np.int64), "INT64"), tensor("class_label", np.array(l, np.int64), "INT64")],
-        outputs=[http.InferRequestedOutput("pixels", binary_data=False)])
-        for s, i, l in requests]
+    impossible = [ask([0], [0], [10]), ask([0, 1], [0, 0], [3, -1]), ask([0], [-1], [3])]
+    waiting = [ask(*one) for one in requests]
+    refusals = [refusal(one) for one in impossible]
     pixels = [one.get_result().as_numpy("pixels").tolist() for one in waiting]
     # A request is counted after it was answered.
     deadline = time.monotonic() + 30
     while True:
         stats = client.get_inference_statistics("onestep_python")["model_stats"][0]
-        if stats["inference_count"] >= 2 * len(requests) or time.monotonic() > deadline:
+        if stats["inference_count"] >= 16 or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    print(json.dumps({"pixels": pixels, "inferences": stats["inference_count"]}))
+    print(json.dumps({"pixels": pixels, "refusals": refusals, "inferences": stats["inference_count"]}))
 finally:
     process.terminate()
     process.wait()
@@ -113,6 +122,17 @@ def test_the_repository_is_part_of_the_bundle(repository):
     python = "triton/onestep_python"
     assert names >= {"triton/onestep_onnx/config.pbtxt", "triton/onestep_onnx/1/model.onnx", f"{python}/config.pbtxt"}
     assert names >= {f"{python}/1/{name}" for name in ("model.py", "ddops_noise.py", "model.onnx", "model.json")}
+
+
+def test_nothing_of_an_earlier_model_stays_in_the_repository(bundle, tmp_path):
+    """Such as its plan, which Triton would go on serving, with a hash that the new manifest vouches for."""
+    copy_bundle(bundle, tmp_path / "b", read_manifest(bundle))
+    plan = tmp_path / "b/triton/onestep_tensorrt/1/model.plan"
+    plan.parent.mkdir(parents=True)
+    plan.write_bytes(b"another model's")
+    files = write_model_repository(tmp_path / "b", read_manifest(bundle), PROFILE)
+    assert not plan.exists()
+    assert not [name for name in files if "tensorrt" in name]
 
 
 @needs_triton
@@ -151,5 +171,7 @@ def test_a_real_server_draws_the_images_of_the_seeds(repository, tmp_path):
     for seed, pixels in enumerate(answer["pixels"]):
         wanted = np.stack([np.asarray(image) for image in pipe([seed % 10] * 2, seed=seed).images]).astype(int)
         assert np.abs(np.array(pixels)[..., 0] - wanted).max() <= 1
-    assert answer["inferences"] == 12
+    assert answer["inferences"] == 12 + 4  # Triton counts what was refused, too
+    for refusal, reason in zip(answer["refusals"], ("0..9, got [10]", "0..9, got [3, -1]", "index is 0"), strict=True):
+        assert reason in refusal
     assert not re.search(r"\berror\b", log.read_text().partition("Started HTTPService")[2], re.IGNORECASE)

@@ -21,6 +21,7 @@ from ddops.export.manifest import (
     CAPTION_FACTS,
     ENCODER,
     ENCODER_FACTS,
+    EXTERNAL_SUFFIX,
     MANIFEST,
     MODEL,
     STUDENT_FILE,
@@ -31,7 +32,7 @@ from ddops.export.manifest import (
     OnnxFacts,
     write_manifest,
 )
-from ddops.export.onnx import EXTERNAL_SUFFIX, export_onnx
+from ddops.export.onnx import export_onnx
 from ddops.export.parity import Parity, ParityBounds, measure_parity, onnx_drawer, require_parity
 from ddops.files import sha256_file
 from ddops.models.conditions import Condition, take

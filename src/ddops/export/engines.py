@@ -9,7 +9,7 @@ from ddops.config.stages import EngineConfig
 from ddops.export.copying import copy_bundle
 from ddops.export.manifest import MANIFEST, MODEL, model_digests, read_manifest, verify_files, write_manifest
 from ddops.export.tensorrt import BuildReport, Report, build_engine, describe_engine, engine_name
-from ddops.export.triton import write_model_repository
+from ddops.export.triton import REPOSITORY, write_model_repository
 
 
 def build_engines(
@@ -44,5 +44,6 @@ def build_engines(
         manifest = dataclasses.replace(manifest, engines=tuple(engines.values()))
         (target / MANIFEST).unlink()
         triton = write_model_repository(target, manifest, config.profile)
-        write_manifest(target, dataclasses.replace(manifest, files={**manifest.files, **triton}))
+        others = {name: digest for name, digest in manifest.files.items() if not name.startswith(f"{REPOSITORY}/")}
+        write_manifest(target, dataclasses.replace(manifest, files={**others, **triton}))
     return reports

@@ -15,6 +15,8 @@ from ddops.files import sha256_file, write_json
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.onnx"
+EXTERNAL_SUFFIX: Final = ".data"
+"""Of a large model's weights, in a file beside it."""
 STUDENT_FILE: Final = "student.safetensors"
 TOKENIZER_FILE: Final = "tokenizer.safetensors"
 
@@ -173,4 +175,4 @@ def verify_files(directory: Path, digests: dict[str, str]) -> None:
 def model_digests(manifest: Manifest) -> dict[str, str]:
     """The files of the ONNX model and their hashes."""
     external = manifest.onnx.external_sha256
-    return {MODEL: manifest.onnx.sha256} | ({f"{MODEL}.data": external} if external else {})
+    return {MODEL: manifest.onnx.sha256} | ({MODEL + EXTERNAL_SUFFIX: external} if external else {})

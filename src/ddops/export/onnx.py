@@ -21,14 +21,13 @@ from torch import Tensor
 
 from ddops.config.stages import GraphPrecision
 from ddops.export.graph import OneStepGraph
-from ddops.export.manifest import OUTPUT_NAME
+from ddops.export.manifest import EXTERNAL_SUFFIX, OUTPUT_NAME
 from ddops.export.precision import to_mixed_precision
 from ddops.files import atomic_path
 from ddops.models.conditions import Condition, flat
 
 EXTERNAL_DATA_ABOVE: Final = 1_900_000_000
 """Bytes of weights above which they are kept beside the model: a protobuf holds at most 2 GiB."""
-EXTERNAL_SUFFIX: Final = ".data"
 
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 

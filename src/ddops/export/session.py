@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ddops.config.stages import GraphPrecision
 from ddops.export.errors import BundleError, MissingExtra
-from ddops.export.manifest import OUTPUT_NAME
+from ddops.export.manifest import EXTERNAL_SUFFIX, OUTPUT_NAME
 from ddops.export.precision import widen_products
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -31,20 +31,39 @@ def open_session(
 
     ``threads`` 0 leaves their number to the runtime. ``extra_outputs`` (name -> ONNX element type) are inner values
     to be returned as well; the file is not changed. On a CPU a graph of ``precision`` bfloat16 computes in float32
-    between its roundings. Raises :class:`BundleError` for an unknown or absent device.
+    between its roundings. Raises :class:`BundleError` for a device that is unknown, absent, or does not start.
     """
     provider = _provider(device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    if not extra_outputs and not (precision == "bfloat16" and device == "cpu"):
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    model = onnx.load(path, load_external_data=False)
-    if device == "cpu":
-        widen_products(model)
-    for name, kind in extra_outputs.items():
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    source: str | bytes = str(path)
+    if extra_outputs or (precision == "bfloat16" and device == "cpu"):
+        model = onnx.load(path, load_external_data=False)
+        if device == "cpu":
+            widen_products(model)
+        for name, kind in extra_outputs.items():
+            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+        folder = _place_weights(model, path)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        source = model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=[provider])
+    if provider not in session.get_providers():  # a library of it did not load: the runtime warns and takes the CPU
+        raise BundleError(
+            f"ONNX Runtime could not start {provider} and would have run on the CPU; its warning above names what is "
+            "missing (for CUDA: the CUDA and cuDNN libraries of the version that onnxruntime-gpu was built for)"
+        )
+    return session
+
+
+def _place_weights(model: onnx.ModelProto, path: Path) -> Path:
+    """Name the external weights by the file itself; its folder. In the Hugging Face cache ``path`` and the weights are
+    links to files elsewhere, and the runtime opens no weights by a link out of the folder it was given."""
+    weights = path.with_name(path.name + EXTERNAL_SUFFIX).resolve()
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = weights.name
+    return weights.parent
 
 
 def _provider(device: str) -> str:

@@ -27,6 +27,8 @@ from ddops.files import atomic_path, sha256_file
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
 EXTRAS: Final[dict[Flavour, str]] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 PORTABLE: Final = "portable"
+OLDEST_PORTABLE: Final = 80
+"""Compute capability from which TensorRT-RTX's default build runs; an older one it builds for by name."""
 CURRENT: Final = "current"
 """The GPU of this machine."""
 
@@ -208,6 +210,9 @@ def why_not(engine: EngineFacts, machine: Machine, manifest: Manifest) -> str | 
         )
     if engine.version != machine.version:
         return f"built by {engine.flavour} {engine.version}, here is {machine.version}"
+    capability = int(machine.compute_capability or 0)
+    if engine.target == PORTABLE and capability < OLDEST_PORTABLE:
+        return f"portable engines need compute capability {OLDEST_PORTABLE} or newer, this GPU has {capability}"
     if engine.target not in (PORTABLE, machine.compute_capability):
         return f"built for compute capability {engine.target}, this GPU has {machine.compute_capability}"
     return None

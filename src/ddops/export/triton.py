@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Final
@@ -23,11 +24,13 @@ MAX_QUEUE_DELAY_US: Final = 5000
 
 
 def write_model_repository(directory: Path, manifest: Manifest, profile: ProfileConfig) -> dict[str, str]:
-    """Write ``triton/`` into a bundle; the hashes of its files.
+    """Write ``triton/`` into a bundle anew; the hashes of its files. What lay there before, another model's, is gone.
 
     The TensorRT variant is there if the bundle has an engine of the flavour ``tensorrt``: Triton runs no RTX engine.
     """
     root = directory / REPOSITORY
+    if root.exists():
+        shutil.rmtree(root)
     write_text(root / ONNX_MODEL / "config.pbtxt", onnx_config(manifest.model, profile))
     for name in model_digests(manifest):
         place_file(directory / name, root / ONNX_MODEL / "1" / name)
@@ -36,7 +39,12 @@ def write_model_repository(directory: Path, manifest: Manifest, profile: Profile
         _write_for_cpu(directory / MODEL, root / PYTHON_MODEL / "1" / MODEL)
     write_text(root / PYTHON_MODEL / "config.pbtxt", python_config(manifest.model, profile))
     model = manifest.model
-    facts = {"length": model.length, "code_dim": model.code_dim, "condition": list(model.inputs)[1:]}
+    facts = {
+        "length": model.length,
+        "code_dim": model.code_dim,
+        "num_classes": model.num_classes,
+        "condition": list(model.inputs)[1:],
+    }
     write_json(root / PYTHON_MODEL / "1" / "model.json", facts)
     for package, source, name in (
         ("ddops.export", "triton_model.py", "model.py"),

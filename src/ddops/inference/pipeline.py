@@ -41,7 +41,8 @@ class PipelineOutput:
 
 class OneStepPipeline:
     """A distilled generator. The picture of (seed, place in the list, label) does not depend on the others of a call,
-    nor on the backend beyond the tolerance that the bundle's export was held to."""
+    nor on the backend beyond a tolerance: on a CPU, in float32, the one that the bundle's export was held to (one
+    level of 255); on a GPU what ``ddops engine --verify`` asks for."""
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.draining or sig == signal.SIGINT:
+            self.force_exit |= self._service.draining  # uvicorn itself goes by a second SIGINT alone
             super().handle_exit(sig, frame)
             return
         self._service.draining = True
