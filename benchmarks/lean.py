@@ -35,9 +35,9 @@ from cases import has_bfloat16
 from lean_contestants import Contest, Run
 from lean_report import write_report
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddops.config.load import compose, validate
+from ddops.costs.ledger import Ledger
 from ddops.files import write_json
 
 PRESETS: Final = ("var_d16", "llamagen_l")
@@ -78,9 +78,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".ddops/lean"), help="where exported graphs are kept")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)  # so that processor time is the work's own
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else new_results(arguments.device)
     if arguments.action != "report":
-        for key, here in (("device", arguments.device), ("source", source())):
+        for key, here in identity(arguments.device).items():
             if results[key] != here:
                 parser.error(f"{arguments.output} holds figures of the {key} {results[key]}, and this is {here}")
     if arguments.action == "measure":
@@ -108,23 +110,23 @@ def contestants(device: str, kind: str, batch: int) -> list[str]:
 
 def new_results(device: str) -> dict[str, Any]:
     """An empty file, with what the figures are of."""
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    about = {"cpus": os.cpu_count(), "python": platform.python_version()}
+    return {**identity(device), **about, "commands": [], "parts": {}, "launches": {}}
+
+
+def identity(device: str) -> dict[str, Any]:
+    """What all rounds of a file share: figures of another machine or other code do not belong beside these."""
     return {
         "device": device,
         "source": source(),
-        "name": name,
+        "name": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
         "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commands": [],
-        "parts": {},
-        "launches": {},
     }
 
 
 def source() -> str:
-    """Git's hash of the package's code: rounds of other code do not belong beside these."""
+    """Git's hash of the package's code."""
     command = ["git", "rev-parse", "HEAD:src"]
     return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -144,10 +146,10 @@ def measure(
     part = results["parts"].setdefault(f"{preset} {kind} {batch}", {})
     outputs = {}
     for name, run in runs.items() if not arguments.cold else ():  # the round that warms up
-        with FlopCounterMode(display=False) if counts_flops(name) else nullcontext() as counter:
+        with Ledger() if counts_flops(name) else nullcontext() as ledger:
             outputs[name] = run()
-        if counter is not None:
-            part.setdefault(name, {})["gflop_an_image"] = round(counter.get_total_flops() / batch / 1e9, 1)
+        if ledger is not None:
+            part.setdefault(name, {})["gflop_an_image"] = round(ledger.flops / batch / 1e9, 1)
     if "lean_1" in outputs:
         for name in {"reference_1", "onnx_1", "plain_1"} & {*outputs}:
             difference = (torch.as_tensor(outputs[name]).cpu() - outputs["lean_1"].cpu()).abs()
@@ -168,7 +170,7 @@ def measure(
 
 
 def counts_flops(name: str) -> bool:
-    """PyTorch counts what it dispatches one by one."""
+    """The ledger sees what PyTorch dispatches one by one."""
     return not {"onnx", "tensorrt", "compile", "graph"} & {*name.split("_")}
 
 

@@ -32,8 +32,9 @@ from ddops.files import atomic_path, write_json
 
 SHORT: Final = (
     *("trajectories.count=8000", "dd1.training.steps=250", "dd1.training.warmup_steps=25", "dd1.evaluate_every=50"),
-    *("dd2.guidance.alignment_steps=20", "dd2.guidance.updates=1", "dd2.anchor_weight=0.0"),
-    *("dd2.training.steps=50", "dd2.evaluate_every=10", "ar_diffusion=none"),
+    *("dd2.guidance.alignment_steps=30", "dd2.guidance.batch_size=128", "dd2.guidance.learning_rate=1.0e-3"),
+    *("dd2.training.steps=50", "dd2.training.batch_size=128", "dd2.training.learning_rate=4.0e-4"),
+    *("dd2.training.ema_decay=0.95", "dd2.anchor_weight=0.0", "dd2.evaluate_every=10", "ar_diffusion=none"),
 )
 """Settings of the short way; ``--override`` adds to them."""
 STAGES: Final = ("captions", "trajectories", "distill_dd1", "distill_dd2")

@@ -3,9 +3,9 @@
     python benchmarks/training_step.py --output benchmarks/results/training_step.json [--cases digits_dd1 ...]
 
 The digits cases are the preset's own; the published ones have its widths, tokens and codebook, fewer blocks, random
-weights and one sample, since a CPU takes minutes for a full step. The floor is the step's FLOPs (counted by torch)
-over the rate of a large float32 matrix product in the same process; both by CPU time. Each case runs in a process of
-its own, so that its peak of resident memory is its own; settings of one case are timed in turns.
+weights and one sample, since a CPU takes minutes for a full step. The floor is the step's FLOPs (counted operator by
+operator) over the rate of a large float32 matrix product in the same process; both by CPU time. Each case runs in a
+process of its own, so that its peak of resident memory is its own; settings of one case are timed in turns.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from cases import has_bfloat16, run_cases
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddops.config.evaluation import DigitsFeaturesConfig
 from ddops.config.load import compose, validate
 from ddops.config.stages import Config, TrainedDD1Config
+from ddops.costs.ledger import Ledger
 from ddops.distill.dd1 import dd1_objective, perceptual_term
 from ddops.distill.dd2 import DD2Objectives
 from ddops.evaluation.judge import new_classifier
@@ -114,7 +114,7 @@ def dd2_steps(config: Config, teacher: Teacher, batch: int) -> dict[str, Step]:
     generator.init_from_teacher(teacher)
     guidance = new_ar_diffusion(as_backbone(teacher), None)
     objectives = DD2Objectives(teacher, Fixed(teacher), config.dd2, config.sampling, config.dd1.start_positions)
-    optimizers = build_optimizers(generator, config.dd2.training)
+    optimizers, ema = build_optimizers(generator, config.dd2.training), frozen_copy(generator)
     guidance_optimizers = build_optimizers(guidance, config.dd2.guidance)
 
     def guidance_step() -> None:
@@ -124,6 +124,7 @@ def dd2_steps(config: Config, teacher: Teacher, batch: int) -> dict[str, Step]:
     def generator_step() -> None:
         values = objectives.generator(generator, guidance, torch.arange(batch), 0)
         update(generator, optimizers, values["loss"], 1e-4, 1.0, ONE)
+        update_ema(ema, generator, 0.9)
 
     return {"guidance": guidance_step, "generator": generator_step}
 
@@ -192,9 +193,9 @@ def measure(case: str, params: Path) -> dict[str, Any]:
             if not case.endswith("_perceptual"):
                 step()
             continue
-        with FlopCounterMode(display=False) as counter:
+        with Ledger() as ledger:
             step()
-        flops[name] = float(counter.get_total_flops())
+        flops[name] = ledger.flops
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -134,13 +134,25 @@ def test_what_the_watch_raises_stops_the_run_and_leaves_the_checkpoint(tmp_path,
     class Alarm(Exception):
         pass
 
-    def watch(model, step):
+    def watch(model, step, earlier):
         raise Alarm
 
     with pytest.raises(Alarm):
         run(tmp_path, evaluate=watch, evaluate_every=6)
     assert (tmp_path / "state.pt").exists()
     assert run(tmp_path) == uninterrupted
+
+
+def test_an_evaluation_is_a_point_of_its_own_and_knows_those_before_it(tmp_path):
+    seen = []
+
+    def watch(model, step, earlier):
+        seen.append((step, [row["mark"] for row in earlier if "mark" in row]))
+        return {"mark": float(step)}
+
+    run(tmp_path, evaluate=watch, evaluate_every=7)
+    assert [step for step, _ in seen] == [*range(7, STEPS, 7), STEPS]
+    assert seen[-1][1] == [float(step) for step, _ in seen[:-1]]
 
 
 def test_processes_share_the_batches(tmp_path):

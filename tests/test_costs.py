@@ -113,7 +113,7 @@ def test_an_operator_takes_what_takes_longest():
     device = Device(flops=100.0, half_flops=1000.0, bandwidth=10.0, launch=1.0, memory=0.0, source="")
     operators = [Operator(500.0, 10.0), Operator(0.0, 40.0), Operator(1.0, 1.0)]
     assert device.seconds(operators) == 5.0 + 4.0 + 1.0
-    assert device.seconds(operators, half=True) == 1.0 + 2.0 + 1.0
+    assert device.seconds([each._replace(half=True) for each in operators]) == 1.0 + 4.0 + 1.0
     one_at_a_time = replace(device, overlaps=False)
     assert one_at_a_time.seconds(operators) == pytest.approx((5.0 + 1.0 + 1.0) + (4.0 + 1.0) + (0.01 + 0.1 + 1.0))
 

@@ -9,7 +9,7 @@ from PIL import Image
 from ddops.captions.conditions import Conditions
 from ddops.config.load import ConfigError
 from ddops.distill.dd2 import check_diversity, token_divergence, within_class_spread
-from ddops.stages import paths
+from ddops.stages import dd2_watch, paths
 from ddops.stages.dd2_watch import DD2Watch
 from ddops.training.errors import Collapsed
 from ddops.trajectories.dataset import TrajectoryBatch as Batch
@@ -35,12 +35,24 @@ def test_spread_is_around_the_mean_of_each_class():
 
 def test_a_generator_without_variety_stops_the_stage():
     config = tiny("llamagen", "dd2.min_diversity=0.7", "dd2.min_recall=0.5").dd2
-    check_diversity(0.71, 0.51, config)
-    check_diversity(0.71, None, config)
+    begun = [{"diversity": 0.9, "recall": 0.8}]
+    check_diversity({"diversity": 0.71, "recall": 0.51}, begun, config)
+    check_diversity({"diversity": 0.71}, begun, config)
     with pytest.raises(Collapsed, match=r"spread 69% as far as the teacher.s .dd2.min_diversity: 70%"):
-        check_diversity(0.69, 0.51, config)
+        check_diversity({"diversity": 0.69, "recall": 0.51}, begun, config)
     with pytest.raises(Collapsed, match=r"recall of the real images is 49% .dd2.min_recall: 50%"):
-        check_diversity(0.71, 0.49, config)
+        check_diversity({"diversity": 0.71, "recall": 0.49}, begun, config)
+
+
+def test_a_bound_counts_from_when_it_was_first_met():
+    """A generator that starts from the AR-diffusion model, noise in place of clean tokens, starts far below."""
+    config = tiny("llamagen", "dd2.min_diversity=0.7", "dd2.min_recall=0.5").dd2
+    curve = [{"diversity": 0.2, "recall": 0.1}, {"loss": 1.0}]
+    check_diversity({"diversity": 0.4, "recall": 0.3}, curve, config)
+    curve.append({"diversity": 0.8, "recall": 0.3})
+    with pytest.raises(Collapsed, match="min_diversity") as error:
+        check_diversity({"diversity": 0.6, "recall": 0.3}, curve, config)
+    assert "min_recall" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +95,7 @@ class Drawn:
 
 
 def watch(fingerprint, **changes):
-    config = tiny("llamagen", "dd2.evaluate_count=60", "dd2.min_diversity=0.9")
+    config = tiny("llamagen", "dd2.evaluate_count=60", "dd2.min_diversity=0.9", "dd2.training.batch_size=32")
     teacher, student = untrained("llamagen")
     torch.manual_seed(0)
     dataset = Drawn(teacher, student, **changes)
@@ -111,6 +123,35 @@ def test_pictures_of_the_same_noise_wait_for_the_end_of_the_training(tmp_path, m
 
 def test_the_watch_stops_a_generator_that_collapses_and_leaves_its_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    student, seen = untrained("llamagen")[1], watch("one")
+    seen.begin(student)
+    assert seen(student, 20)["diversity"] == pytest.approx(1.0)
+    seen.batch = seen.batch._replace(noise_BLC=torch.zeros_like(seen.batch.noise_BLC))
     with pytest.raises(Collapsed, match="min_diversity"):
-        watch("one", spread=0.0)(untrained("llamagen")[1], 20)
-    assert [file.name for file in paths.STATE.rglob("*.png")] == ["samples_000020.png"]
+        seen(student, 40)
+    assert "samples_000040.png" in [file.name for file in paths.STATE.rglob("*.png")]
+
+
+def test_variety_is_measured_in_batches_that_training_fits_into(tmp_path, monkeypatch):
+    """All samples at once would hold as many logits: tens of gigabytes where the codebook is large."""
+    monkeypatch.chdir(tmp_path)
+    sizes, sample = [], dd2_watch.sample_student
+
+    def noted(student, codebook_VC, noise_BLC, *rest):
+        sizes.append(len(noise_BLC))
+        return sample(student, codebook_VC, noise_BLC, *rest)
+
+    monkeypatch.setattr(dd2_watch, "sample_student", noted)
+    student = untrained("llamagen")[1]
+    watch("one").begin(student)
+    assert sizes == [16, 16, 16, 12], "of 32 samples a step, shared by two processes"
+
+
+def test_captions_of_one_sample_each_have_no_spread_to_watch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny("llamagen", "dd2.evaluate_count=10", "dd2.min_diversity=0.9")
+    teacher, student = untrained("llamagen")
+    seen = DD2Watch(
+        teacher, Drawn(teacher, student), config.dd1, config.dd2, Conditions(10), judged=False, fingerprint="x"
+    )
+    assert "diversity" not in seen(student, 20)

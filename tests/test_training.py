@@ -137,6 +137,13 @@ def test_what_looks_on_does_not_change_the_run(tmp_path, uninterrupted):
     assert steps == [b"6", b"12", b"18", b"24"]
 
 
+def test_an_evaluation_between_two_points_of_the_curves_is_a_point_of_its_own(tmp_path):
+    """None is left out because the curves are logged at other steps."""
+    _, curves = run(tmp_path, evaluate=lambda model: {"fid": 1.0}, evaluate_every=7)
+    steps = [line.split(b"\t")[0] for line in curves["plots/metrics/fid.tsv"].splitlines()[1:]]
+    assert steps == [b"7", b"14", b"21", b"24"]
+
+
 def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path, uninterrupted, caplog):
     with pytest.raises(Killed):
         run(tmp_path, dying_at(9), fingerprint="another run", config=training(learning_rate=0.2))

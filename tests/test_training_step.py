@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ddops.distill.dd1 import dd1_objective
 from ddops.distill.dd2 import DD2Objectives
@@ -16,12 +17,13 @@ from ddops.trajectories.dataset import TrajectoryBatch
 from tiny import tiny, untrained
 
 FAMILIES = ["llamagen", "var"]
-WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique")
 """Operators whose result the host needs before it can go on: on a GPU each empties the queue of work."""
 
 
 class Waits(TorchDispatchMode):
-    """Notes every operator that makes the host wait."""
+    """Notes every operator that makes the host wait, and every call that brings a tensor to the host, which on a CPU
+    is no operator."""
 
     def __init__(self):
         super().__init__()
@@ -29,9 +31,33 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += 1
-        if any(func.__name__.startswith(name) for name in WAITING):
-            self.seen.append(func.__name__)
+        name = func.__name__
+        by_mask = name.startswith("index") and any(_is_mask(index) for index in tree_leaves(args[1:2]))
+        by_counts = name.startswith("repeat_interleave.Tensor")  # as many as the counts add up to
+        if by_mask or by_counts or any(name.startswith(waiting) for waiting in WAITING):
+            self.seen.append(name)
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self._patches = pytest.MonkeyPatch()
+        for name in ("cpu", "tolist", "numpy"):
+            self._patches.setattr(torch.Tensor, name, self._noted(name, getattr(torch.Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patches.undo()
+        return super().__exit__(*error)
+
+    def _noted(self, name, method):
+        def noted(tensor, *args, **kwargs):
+            self.seen.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return noted
+
+
+def _is_mask(index):
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool
 
 
 class Random:
@@ -46,10 +72,33 @@ class Random:
         return TrajectoryBatch(torch.randint(10, size[:1]), noise_BLC, torch.randint(len(self.codebook_VC), size))
 
 
-def test_the_watch_sees_what_waits():
+X, MASK = torch.arange(4.0), torch.tensor([True, False, True, True])
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda: float(X.sum()),
+        lambda: bool(X.any()),
+        lambda: X[MASK],
+        lambda: X.clone().__setitem__(MASK, X[:3]),
+        lambda: X.unique(),
+        lambda: X.cpu(),
+        lambda: X.tolist(),
+        lambda: X.repeat_interleave(torch.tensor([1, 2, 1, 1])),
+    ],
+    ids=["float", "bool", "mask", "set by mask", "unique", "cpu", "tolist", "repeat_interleave"],
+)
+def test_the_watch_sees_what_waits(wait):
     with Waits() as waits:
-        float(torch.ones(2).sum())
+        wait()
     assert waits.seen
+
+
+def test_the_watch_lets_pass_what_does_not_wait():
+    with Waits() as waits:
+        X[torch.tensor([0, 1])] + torch.where(MASK, X, 0.0).softmax(0).argmax()
+    assert waits.seen == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

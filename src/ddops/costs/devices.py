@@ -52,16 +52,14 @@ class Device:
         """As torch names it."""
         return "cuda" if self.overlaps else "cpu"
 
-    def seconds(self, operators: Iterable[Operator], *, half: bool = False) -> float:
-        """Each operator takes what its arithmetic, its bytes or its launch takes, whichever is most; or all of it.
-        ``half``: operators that were noted in float32 would run in bfloat16."""
-        bandwidth = 2 * self.bandwidth if half else self.bandwidth
+    def seconds(self, operators: Iterable[Operator]) -> float:
+        """Each operator takes what its arithmetic, its bytes or its launch takes, whichever is most; or all of it."""
         together = max if self.overlaps else _sum
 
         def rate(operator: Operator) -> float:
-            return self.half_flops if half or operator.half else self.flops
+            return self.half_flops if operator.half else self.flops
 
-        return sum(together(each.flops / rate(each), each.bytes / bandwidth, self.launch) for each in operators)
+        return sum(together(each.flops / rate(each), each.bytes / self.bandwidth, self.launch) for each in operators)
 
 
 def _sum(*parts: float) -> float:

@@ -22,7 +22,7 @@ from ddops.distill.dd1 import dd1_objective
 from ddops.distill.dd2 import DD2Objectives
 from ddops.flow.solvers import CHUNK_ELEMENTS, OTHER_CHUNK_ELEMENTS
 from ddops.losses.perceptual import PerceptualDistance
-from ddops.models.ar_diffusion import new_ar_diffusion
+from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.conditions import Captions, attach_captions
 from ddops.models.interface import Student, Teacher
 from ddops.models.reduced import sampled_in_bfloat16
@@ -43,6 +43,8 @@ STEP_LAUNCHES: Final = 40
 """Operators on arrays without the codes' axis, in each step of the solver."""
 VGG_WIDTHS: Final = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
 """VGG-16's convolutions; 0 halves the image."""
+NOISE_RATE: Final = 7e6
+"""Normals that one thread of a processor draws in a second, at 70 GFLOP/s (benchmarks/plan_check.py)."""
 ALONE: Final = Replicas(0, 1)
 
 
@@ -174,6 +176,11 @@ def map_work(model: ModelConfig, config: FlowMapConfig, batch: int, device: str)
     return work
 
 
+def noise_seconds(model: ModelConfig) -> float:
+    """Of a processor's thread, for the noise of a sample."""
+    return sum(model.level_sizes) * model.code_dim / NOISE_RATE
+
+
 @torch.no_grad()
 def student_work(teacher: Teacher, student: Student, config: Config, steps: int, batch: int) -> Work:
     """The lean passes of a sample in ``steps`` steps."""
@@ -229,6 +236,8 @@ def dd2_steps(teacher: Teacher, generator: Student, config: Config) -> tuple[Ste
     """One update of the guidance network, and one of the generator."""
     dd2, backbone = cast(TrainedDD2Config, config.dd2), as_backbone(teacher)
     head = config.ar_diffusion.head if isinstance(config.ar_diffusion, TrainedARDiffusionConfig) else None
+    if dd2.start == "ar_diffusion":
+        generator = ARDiffusionGenerator(new_ar_diffusion(backbone, head))
     guidance = new_ar_diffusion(backbone, head if dd2.guidance.start == "ar_diffusion" else None)
     batches: BatchSource = Shapes(teacher)
     objectives = DD2Objectives(teacher, batches, dd2, config.sampling, config.dd1.start_positions)
@@ -269,7 +278,8 @@ def _step(model: nn.Module, loss: Callable[[], Tensor], config: TrainingConfig, 
     optimizers, average = build_optimizers(model, config), frozen_copy(model)
     trained = float(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
     with Ledger() as ledger:
-        value, kept = kept_bytes(loss)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+            value, kept = kept_bytes(loss)
         update(model, optimizers, value, 0.0, config.gradient_clip, ALONE)
         if ema:
             update_ema(average, model, 0.9)

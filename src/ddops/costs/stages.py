@@ -27,6 +27,7 @@ from ddops.costs.passes import (
     dd2_steps,
     decode_work,
     map_work,
+    noise_seconds,
     student_work,
     teacher_and_student,
     teacher_steps,
@@ -34,6 +35,7 @@ from ddops.costs.passes import (
     trajectory_work,
 )
 from ddops.models.interface import Student, Teacher
+from ddops.trajectories.generate import NOISE_THREADS
 from ddops.trajectories.memory import fitting_batch, sample_bytes
 
 DIGITS_IMAGES: Final = 1797
@@ -108,13 +110,15 @@ def _trajectories(config: Config, teacher: Teacher, device: Device) -> StageCost
     work = trajectory_work(teacher, config, batch)
     work += map_work(config.teacher.model, config.trajectories, batch, device.kind)
     batches = config.trajectories.count / batch
+    seconds, noise = _seconds(work, device), batch * noise_seconds(config.teacher.model)
+    # Threads draw it meanwhile: a GPU waits for it only where it is faster, processors have it to do as well.
+    seconds = seconds + noise if device.kind == "cpu" else max(seconds, noise / NOISE_THREADS[device.kind])
     memory = weights + batch * sample_bytes(config.teacher.model, config.trajectories.precision)
-    return StageCost(batches * _flops(work), batches * _seconds(work, device), memory, batch)
+    return StageCost(batches * _flops(work), batches * seconds, memory, batch)
 
 
 def _training(steps: list[tuple[Step, float]], config: TrainingConfig, teacher: Teacher, device: Device) -> StageCost:
     """Steps of one or more networks, each with how often; activations of one at a time, the state of all."""
-    half = config.precision == "bfloat16"
     memory = (
         sum(step.state for step, _ in steps)
         + _bytes(teacher)
@@ -122,7 +126,7 @@ def _training(steps: list[tuple[Step, float]], config: TrainingConfig, teacher: 
     )
     return StageCost(
         sum(times * step.flops for step, times in steps),
-        sum(times * device.seconds(step.operators, half=half) for step, times in steps),
+        sum(times * device.seconds(step.operators) for step, times in steps),
         memory,
         config.batch_size,
     )

@@ -37,9 +37,11 @@ def dd1_objective(
 
         ce = cross_entropy(output.logits_BLV, ids_BL, predicted_BL).mean()
         error = embedding_error(output.embeddings_BLC, q_BLC, predicted_BL).mean()
-        decoded = slice(config.perceptual.batch_size)
-        predicted_BLC = torch.where(predicted_BL[decoded, :, None], output.embeddings_BLC[decoded], q_BLC[decoded])
-        perceptual = perceptual_term(teacher, distance, predicted_BLC, q_BLC[decoded]).mean()
+        perceptual = error.new_zeros(())
+        if config.perceptual.weight:
+            decoded = slice(config.perceptual.batch_size)
+            predicted_BLC = torch.where(predicted_BL[decoded, :, None], output.embeddings_BLC[decoded], q_BLC[decoded])
+            perceptual = perceptual_term(teacher, distance, predicted_BLC, q_BLC[decoded]).mean()
         loss = (
             config.cross_entropy_weight * ce + config.embedding_weight * error + config.perceptual.weight * perceptual
         )

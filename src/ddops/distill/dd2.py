@@ -8,7 +8,7 @@ are distributed as the teacher's. The conditions carry no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -188,19 +188,29 @@ def within_class_spread(q_NLC: Tensor, labels_N: Tensor) -> float:
     return float(squares / len(q_NLC))
 
 
-def check_diversity(diversity: float, recall: float | None, config: TrainedDD2Config) -> None:
-    """Raises:
-    Collapsed: the samples' spread, as a share of the teacher's, or their recall of the real images (None where no
-        real images are at hand) is below what ``config`` asks for.
+def check_diversity(
+    values: Mapping[str, float], earlier: Sequence[Mapping[str, float]], config: TrainedDD2Config
+) -> None:
+    """``values`` may hold ``diversity``, the samples' spread as a share of the trajectories', and ``recall`` of the
+    real images. A bound counts from when it has been met once, in ``earlier``: a generator that starts from noise in
+    place of clean tokens starts below it.
+
+    Raises:
+        Collapsed: either is below what ``config`` asks for, and was not always.
     """
+
+    def fell(name: str, least: float) -> bool:
+        return values.get(name, least) < least and any(row.get(name, -1.0) >= least for row in earlier)
+
     found = []
-    if diversity < config.min_diversity:
+    if fell("diversity", config.min_diversity):
         found.append(
-            f"samples of a class spread {diversity:.0%} as far as the teacher's "
+            f"samples of a class spread {values['diversity']:.0%} as far as the teacher's "
             f"(dd2.min_diversity: {config.min_diversity:.0%})"
         )
-    if recall is not None and recall < config.min_recall:
-        found.append(f"their recall of the real images is {recall:.0%} (dd2.min_recall: {config.min_recall:.0%})")
+    if fell("recall", config.min_recall):
+        recall, least = values["recall"], config.min_recall
+        found.append(f"their recall of the real images is {recall:.0%} (dd2.min_recall: {least:.0%})")
     if found:
         raise Collapsed(
             f"dd2: the generator is collapsing: {', and '.join(found)}. Lower dd2.training.learning_rate, or raise "

@@ -64,6 +64,7 @@ class ConditionalHead(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
+    @full_precision
     def forward(self, x_BLC: Tensor, t_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         angles = t_BL[..., None] * self.frequencies
         cond = self.condition(hidden_BLD) + self.time(torch.cat([angles.sin(), angles.cos()], dim=-1))
@@ -186,6 +187,17 @@ def expected_code(logits_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
 def nearest_logits(embeddings_BLC: Tensor, codebook_VC: Tensor) -> Tensor:
     """Logits (B, L, V) of a Gaussian around each code whose width is the codes' distance to their nearest."""
     half_norm_V = codebook_VC.square().sum(-1) / 2
-    squared_VV = 2 * (half_norm_V[:, None] + half_norm_V - codebook_VC @ codebook_VC.T)
-    to_nearest = squared_VV.fill_diagonal_(float("inf")).amin(1).mean()
+    to_nearest = _squared_distance_to_nearest(codebook_VC).mean()
     return (embeddings_BLC @ codebook_VC.T - half_norm_V) / to_nearest
+
+
+def _squared_distance_to_nearest(codebook_VC: Tensor, chunk: int = 1024) -> Tensor:
+    """Of each code, to another one: (V,). In chunks, so that nothing is as large as V x V."""
+    half_norm_V = codebook_VC.square().sum(-1) / 2
+    nearest = []
+    for first in range(0, len(codebook_VC), chunk):
+        part_vC = codebook_VC[first : first + chunk]
+        squared_vV = 2 * (half_norm_V[first : first + chunk, None] + half_norm_V - part_vC @ codebook_VC.T)
+        squared_vV.diagonal(first).fill_(float("inf"))
+        nearest.append(squared_vV.amin(1))
+    return torch.cat(nearest)

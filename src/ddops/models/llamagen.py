@@ -18,7 +18,7 @@ from ddops.models.conditions import Condition, condition_embedding
 from ddops.models.interface import BackboneSession, BackboneTeacher
 from ddops.models.layout import LevelLayout
 from ddops.models.llamagen_tokenizer import LlamaGenTokenizer
-from ddops.models.precision import product_dtype
+from ddops.models.precision import WholeLinear, product_dtype
 from ddops.models.sampling_filters import guided_log_probs
 
 INIT_STD = 0.02
@@ -208,7 +208,7 @@ class LlamaGenTransformer(nn.Module):
         self.token_embedding = nn.Embedding(config.codebook_size, config.width)
         self.trunk = CausalTrunk(config)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.head = WholeLinear(config.width, config.codebook_size, bias=False)
         self.apply(init_weights)
 
     def forward(self, labels_B: Condition, prefix_BlD: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ddops.models.conditions import Condition, condition_embedding
 from ddops.models.interface import Student, StudentOutput, StudentSession, Teacher
 from ddops.models.layout import LevelLayout, noise_data_rows
 from ddops.models.llamagen import INIT_STD, CausalTrunk, LlamaGenTeacher, fit_linear, init_weights
+from ddops.models.precision import WholeLinear, full_precision
 
 NOISE, DATA = 0, 1
 """Rows of the noise/data embedding."""
@@ -30,6 +31,7 @@ class EmbeddingHead(nn.Module):
         self.shift_scale_2D = nn.Parameter(torch.randn(2, width) * INIT_STD)
         self.proj = nn.Linear(width, code_dim)
 
+    @full_precision
     def forward(self, h_BLD: Tensor, condition_B1D: Tensor) -> Tensor:
         shift_B1D, scale_B1D = (self.shift_scale_2D + condition_B1D).chunk(2, dim=1)
         normed_BLD = F.layer_norm(h_BLD, h_BLD.shape[-1:], eps=1e-6)
@@ -51,7 +53,7 @@ class LlamaGenStudent(Student):
         self.noise_data_embedding = nn.Embedding(2, config.width)
         self.trunk = CausalTrunk(config)
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.head = WholeLinear(config.width, config.codebook_size, bias=False)
         self.embedding_head = EmbeddingHead(config.width, config.code_dim)
         self.apply(init_weights)
 

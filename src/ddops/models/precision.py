@@ -7,24 +7,30 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def full_precision(function: Function) -> Function:
-    """``function`` in float32 within an autocast too: for closed forms and distances, whose differences half precision
-    loses. Its first argument is a tensor. Outside an autocast nothing changes."""
+    """``function`` in float32 within an autocast too: for closed forms, distances and heads, whose differences half
+    precision loses. One of its arguments is a tensor. Outside an autocast nothing changes."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        device = arguments[0].device.type
+        device = next(argument for argument in arguments if isinstance(argument, Tensor)).device.type
         if not torch.is_autocast_enabled(device):
             return function(*arguments, **options)
         with torch.autocast(device, enabled=False):
             return function(*(_widened(argument) for argument in arguments), **options)
 
     return wrapped  # type: ignore[return-value]
+
+
+class WholeLinear(nn.Linear):
+    """A linear layer in float32 within an autocast too: logits of half precision tie, and which is largest changes."""
+
+    forward = full_precision(nn.Linear.forward)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

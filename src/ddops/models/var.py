@@ -20,7 +20,7 @@ from ddops.config.models import SamplingConfig, VARConfig
 from ddops.models.conditions import Condition
 from ddops.models.interface import BackboneSession, BackboneTeacher
 from ddops.models.layout import LevelLayout
-from ddops.models.precision import full_precision, product_dtype
+from ddops.models.precision import WholeLinear, full_precision, product_dtype
 from ddops.models.sampling_filters import guided_log_probs
 from ddops.models.var_tokenizer import VARTokenizer
 
@@ -52,9 +52,9 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=std))
 
 
-def linear(inputs: int, outputs: int, std: float, bias: bool = True) -> nn.Linear:
+def linear(inputs: int, outputs: int, std: float, bias: bool = True, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """A linear layer of truncated-normal weights and zero bias."""
-    layer = nn.Linear(inputs, outputs, bias)
+    layer = kind(inputs, outputs, bias)
     nn.init.trunc_normal_(layer.weight, std=std)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -211,7 +211,7 @@ class VARTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_norm = nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=False)
         self.head_modulation = Modulation(width, count=2)
-        self.head = linear(width, config.codebook_size, std=std * HEAD_INIT)
+        self.head = linear(width, config.codebook_size, std=std * HEAD_INIT, kind=WholeLinear)
 
     def forward(self, labels_B: Tensor, prefix_BlD: Tensor) -> Tensor:
         """Modulated hidden states (B, L, D) from the embedded inputs of every level but the first."""

@@ -16,6 +16,7 @@ from ddops.models.conditions import Condition
 from ddops.models.interface import Student, StudentOutput, StudentSession, Teacher
 from ddops.models.layout import LevelLayout, noise_data_rows
 from ddops.models.level_attention import LevelAttention, student_mask
+from ddops.models.precision import full_precision
 from ddops.models.var import (
     VARTeacher,
     VARTransformer,
@@ -38,6 +39,7 @@ class RegressionHead(nn.Module):
         self.shift_scale_2D = normal_parameter(2, config.width, std=std)
         self.linear = linear(config.width, config.code_dim, std=std)
 
+    @full_precision
     def forward(self, x_BLD: Tensor, cond_BD: Tensor) -> Tensor:
         shift_B1D, scale_B1D = (self.shift_scale_2D + cond_BD[:, None]).split(1, dim=1)
         embeddings_BLC: Tensor = self.linear(modulate(self.norm(x_BLD), scale_B1D, shift_B1D))

@@ -19,6 +19,7 @@ from ddops.config.models import VARConfig
 from ddops.models.autoencoder import Decoder, build_encoder, conv3x3
 from ddops.models.interface import Tokenizer, TokenizerOutput
 from ddops.models.layout import LevelLayout
+from ddops.models.precision import full_precision
 from ddops.models.quantization import (
     codebook_loss,
     nearest_code,
@@ -127,6 +128,7 @@ class VARTokenizer(Tokenizer):
         next_side = sides[min(level + 1, len(sides) - 1)]
         return f_hat_BCgg, to_sequence(F.adaptive_avg_pool2d(f_hat_BCgg, next_side))
 
+    @full_precision
     def teacher_forcing_input(self, q_BLC: Tensor) -> Tensor:
         """What the transformer reads for scales 1 to S - 1 when all embeddings are known, (B, L - l_0, C)."""
         f_hat_BCgg = self._zeros(q_BLC)

@@ -42,7 +42,9 @@ def sample_teacher_involved(
     if first > 0:
         nothing = Prefix(noise_BLC[:, :0], none_BL)
         drawn = extend(session, codebook_VC, nothing, noise_BLC[:, : layout.offsets[first]], coded)
-        prefix_BL = nearest_codes(drawn.q_BlC, codebook_VC)
+        # Positions past the logit prefix are regressed and have no code yet.
+        regressed_BmC = drawn.q_BlC[:, drawn.ids_Bn.shape[1] :]
+        prefix_BL = torch.cat([drawn.ids_Bn, nearest_codes(regressed_BmC, codebook_VC)], dim=1)
     ids_BL = _continue(teacher, labels_B, prefix_BL, last, sampling, pick)
     given = Prefix(F.embedding(ids_BL, codebook_VC), none_BL)
     return extend(session, codebook_VC, given, noise_BLC, coded).q_BlC

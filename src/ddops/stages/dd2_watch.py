@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, cast
 
@@ -17,10 +18,12 @@ from ddops.config.stages import DD1Config
 from ddops.distill.dd2 import check_diversity, within_class_spread
 from ddops.evaluation.drawing import Indices, sample_noise
 from ddops.evaluation.images import grid, save_png, to_uint8
+from ddops.evaluation.metrics import Seen
 from ddops.models.interface import BackboneTeacher, Student
 from ddops.sampling.few_step import sample_student
 from ddops.stages import paths
 from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
+from ddops.training.curves import Row
 from ddops.trajectories.dataset import TrajectoryDataset
 
 COLUMNS: Final = 10
@@ -32,7 +35,7 @@ PICTURES: Final = paths.STATE / "dd2_samples"
 
 
 class DD2Watch:
-    """Called with the EMA generator and its step; raises :class:`~ddops.training.errors.Collapsed`.
+    """Called with the EMA generator, its step and the curves so far; raises :class:`~ddops.training.errors.Collapsed`.
 
     Pictures wait in ``PICTURES`` until the training is over: curves are written anew when a killed run goes on.
     """
@@ -51,9 +54,11 @@ class DD2Watch:
         self.teacher, self.config, self.starts = teacher, dd2, dd1.start_positions
         self.logit_prefix = dd2.logit_prefix(teacher.layout.num_levels)
         self.device = teacher.codebook_VC.device
-        self.batch = dataset.batch(torch.arange(min(dd2.evaluate_count, len(dataset)))).to(self.device)
-        codes_NLC = F.embedding(self.batch.ids_BL, teacher.codebook_VC)
+        self.batch = dataset.batch(torch.arange(min(dd2.evaluate_count, len(dataset))))
+        codes_NLC = F.embedding(self.batch.ids_BL, teacher.codebook_VC.cpu())
         self.teacher_spread = within_class_spread(codes_NLC, self.batch.labels_B)
+        """0 where every condition has one sample, as captions may: there is no spread to compare then."""
+        self.start: Row = {}
         self.conditions = conditions
         self.fid = FIDCurve(dd2.evaluate_count, conditions) if judged else None
         self.pictures = PICTURES / fingerprint
@@ -61,22 +66,36 @@ class DD2Watch:
             if other != self.pictures:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
-        student, values = cast(Student, model), {}
+    def begin(self, generator: Student) -> None:
+        """Note where the training begins: a bound that the first generator meets counts from then on."""
+        self.start = self._variety(generator, None if self.fid is None else self.fid.see(self._drawer(generator, 1)))
+
+    def __call__(self, model: nn.Module, step: int, earlier: Sequence[Row] = ()) -> Row:
+        student, values, seen = cast(Student, model), {}, []
         if self.fid is not None:
-            for steps in range(1, len(self.starts) + 1):
-                starts = self.starts[:steps]
-                seen = self.fid.see(lambda indices_B, labels_B: self._draw(student, indices_B, labels_B, starts))  # noqa: B023
-                values[f"fid_{steps}step"] = self.fid.fid(seen)
-                if steps == 1:
-                    values["recall"] = self.fid.recall(seen)
-        with torch.no_grad():
-            q_NLC = sample_student(
-                student, self.teacher.codebook_VC, self.batch.noise_BLC, self.batch.labels_B, (0,), self.logit_prefix
-            )
-        values["diversity"] = within_class_spread(q_NLC, self.batch.labels_B) / self.teacher_spread
+            seen = [self.fid.see(self._drawer(student, steps)) for steps in range(1, len(self.starts) + 1)]
+            values = {f"fid_{steps}step": self.fid.fid(each) for steps, each in enumerate(seen, start=1)}
+        values |= self._variety(student, seen[0] if seen else None)
         self._picture(student, step)
-        check_diversity(values["diversity"], values.get("recall"), self.config)
+        check_diversity(values, [self.start, *earlier], self.config)
+        return values
+
+    @torch.no_grad()
+    def _variety(self, student: Student, seen: Seen | None) -> Row:
+        """Of the samples in one step."""
+        values = {} if self.fid is None or seen is None else {"recall": self.fid.recall(seen)}
+        if self.teacher_spread:
+            training = self.config.training
+            size = training.batch_size // training.processes  # what fits where the training does
+            codebook_VC = self.teacher.codebook_VC
+            parts = zip(self.batch.noise_BLC.split(size), self.batch.labels_B.split(size), strict=True)
+            drawn = [
+                sample_student(
+                    student, codebook_VC, noise_BLC.to(self.device), labels_B.to(self.device), (0,), self.logit_prefix
+                ).cpu()
+                for noise_BLC, labels_B in parts
+            ]
+            values["diversity"] = within_class_spread(torch.cat(drawn), self.batch.labels_B) / self.teacher_spread
         return values
 
     def keep_pictures(self, directory: Path) -> None:
@@ -84,6 +103,9 @@ class DD2Watch:
         for file in sorted(self.pictures.glob("*.png")):
             file.replace(directory / file.name)
         shutil.rmtree(PICTURES, ignore_errors=True)
+
+    def _drawer(self, student: Student, steps: int) -> Callable[[Indices, Tensor], Tensor]:
+        return lambda indices_B, labels_B: self._draw(student, indices_B, labels_B, self.starts[:steps])
 
     def _draw(self, student: Student, indices_B: Indices, labels_B: Tensor, starts: tuple[int, ...]) -> Tensor:
         codebook_VC = self.teacher.codebook_VC

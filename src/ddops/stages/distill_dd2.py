@@ -54,6 +54,7 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
         dataset, lambda step: own_share(batch_indices(seed, step, dd2.training.batch_size, len(dataset))), device
     )
     watch = DD2Watch(teacher, dataset, dd1, dd2, conditions, judged=judged, fingerprint=checkpoint.fingerprint)
+    watch.begin(generator)
     state = train_alternating(
         generator,
         guidance,

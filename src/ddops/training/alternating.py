@@ -8,7 +8,7 @@ generator's updates is followed by several of its own. As in :mod:`ddops.trainin
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ddops.config.dd2 import GuidanceConfig
 from ddops.config.training import TrainingConfig
 from ddops.training.checkpoint import CheckpointFile
-from ddops.training.curves import Curves
+from ddops.training.curves import Curves, Row
 from ddops.training.loop import (
     autocast,
     averaged,
@@ -38,6 +38,8 @@ from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 log = logging.getLogger(__name__)
 
 Values = Mapping[str, Tensor]
+Evaluate = Callable[[nn.Module, int, Sequence[Row]], Row]
+"""Takes the EMA generator, the step, and all points of the curves before it; gives more values of this point."""
 
 
 class Objectives(Protocol):
@@ -83,13 +85,13 @@ def train_alternating(
     checkpoint: CheckpointFile,
     curves_dir: Path,
     description: str,
-    evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     evaluate_every: int = 0,
 ) -> dict[str, Tensor]:
     """Align, then train both; returns the state dict of the generator's EMA weights.
 
     ``config`` is the generator's optimisation. Steps, of the curves too, count the generator's updates; those of the
-    alignment come before them and are negative. ``evaluate`` is called with the EMA generator and the step.
+    alignment come before them and are negative. ``evaluate`` is called every ``evaluate_every`` steps and at the end.
 
     Raises:
         TrainingDiverged: a loss is NaN or infinite; or what ``evaluate`` raises.
@@ -128,6 +130,8 @@ def train_alternating(
             done = step + 1
             last = done == config.steps
             to_log, to_save = (last or done % every == 0 for every in (config.log_every, config.checkpoint_every))
+            to_evaluate = evaluate is not None and step >= 0 and (last or done % evaluate_every == 0)
+            to_log |= to_evaluate
             if not (to_log or to_save):
                 continue
             values = averaged(row, group)
@@ -135,8 +139,8 @@ def train_alternating(
             if curves is None:
                 continue
             if to_log:
-                if evaluate is not None and step >= 0 and (last or done % evaluate_every == 0):
-                    values |= evaluate(networks.ema, done)
+                if evaluate is not None and to_evaluate:
+                    values |= evaluate(networks.ema, done, [row for _, row in curves.history])
                 curves.log(done, values)
                 bar.set_postfix({"guidance": f"{values['guidance_loss']:.4f}"}, refresh=False)
             if to_save:

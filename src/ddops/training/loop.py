@@ -97,6 +97,8 @@ def train(
             done = step + 1
             last = done == config.steps
             to_log, to_save = (last or done % every == 0 for every in (config.log_every, config.checkpoint_every))
+            to_evaluate = evaluate is not None and (last or done % evaluate_every == 0)
+            to_log |= to_evaluate
             if not (to_log or to_save):
                 continue
             row = averaged({**values, "gradient_norm": gradient_norm}, group)
@@ -104,7 +106,7 @@ def train(
             if curves is None:
                 continue
             if to_log:
-                if evaluate is not None and (last or done % evaluate_every == 0):
+                if evaluate is not None and to_evaluate:
                     row |= evaluate(ema_model)
                 curves.log(done, row)
                 bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ from ddops.trajectories.shards import (
 
 log = logging.getLogger(__name__)
 
+NOISE_THREADS = {"cuda": 4}
+"""Of a process, by its device; elsewhere one, since the processors are at work themselves."""
 MOST_CODES = 2**16 - 1
 """What sixteen bits hold: ids always, labels unless there are more conditions than that."""
 
@@ -146,7 +150,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Samples made, and the seconds that went into each part of it."""
+    """Samples made, and the seconds that went into each part of it; of the noise, those that were waited for."""
 
     samples: int = 0
     teacher: float = 0.0
@@ -316,18 +320,21 @@ def make_shard(job: Job, plan: ShardPlan) -> Throughput:
     teacher, half = job.open_teacher(job.config.precision), job.config.precision == "bfloat16"
     codebook_VC, length = teacher.codebook_VC, teacher.layout.length
     device, clock = codebook_VC.device, time.perf_counter
-    batch_size = int(job.config.batch_size)
     total, labels, ids = Throughput(), [], []
-    for first in range(plan.first, plan.first + plan.count, batch_size):
-        begun = clock()
-        indices_B = np.arange(first, min(first + batch_size, plan.first + plan.count), dtype=np.int64)
+    begun = clock()
+    shape, threads = (length, codebook_VC.shape[1]), NOISE_THREADS.get(device.type, 1)
+    for indices_B, host_noise_BLC in _noise_ahead(job, plan, shape, threads):
         labels_B = trajectory_labels(job.seed, indices_B, teacher.num_conditions)
-        noise_BLC = trajectory_noise(job.seed, indices_B, (length, codebook_VC.shape[1])).to(device)
+        noise_BLC = host_noise_BLC.to(device)
         noise_done, in_map = clock(), 0.0
         pick = flow_picker(teacher.layout, codebook_VC, noise_BLC, job.config)
 
         def timed_pick(level: int, log_p_BlV: Tensor, pick: Any = pick) -> Tensor:
             nonlocal in_map
+            if device.type == "cuda":
+                torch.cuda.synchronize(
+                    device
+                )  # or the map, which waits for the device, would be blamed for the teacher
             start = clock()
             chosen: Tensor = pick(level, log_p_BlV)
             in_map += clock() - start
@@ -337,11 +344,31 @@ def make_shard(job: Job, plan: ShardPlan) -> Throughput:
             ids_BL = sample_teacher(teacher, torch.from_numpy(labels_B).to(device), job.sampling, timed_pick).cpu()
         labels.append(labels_B.astype(np.min_scalar_type(max(teacher.num_conditions - 1, MOST_CODES))))
         ids.append(ids_BL.numpy().astype(np.uint16))
-        sampling = clock() - noise_done
-        total += Throughput(len(indices_B), sampling - in_map, in_map, noise_done - begun)
-    begun = clock()
+        done = clock()
+        total += Throughput(len(indices_B), done - noise_done - in_map, in_map, noise_done - begun)
+        begun = done
     write_shard(job.directory / plan.name, np.concatenate(labels), np.concatenate(ids), plan.first, job.settings)
     return total + Throughput(writing=clock() - begun)
+
+
+def _noise_ahead(
+    job: Job, plan: ShardPlan, shape: tuple[int, int], threads: int
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """The shard's batches: sample indices (B,) and their noise (B, L, C). Threads draw the next batch's while this one
+    is worked on: the noise is the processor's, and a GPU would have to wait for it."""
+    size, end = int(job.config.batch_size), plan.first + plan.count
+    batches = [np.arange(first, min(first + size, end), dtype=np.int64) for first in range(plan.first, end, size)]
+    with ThreadPoolExecutor(threads) as pool:
+
+        def begin(indices_B: NDArray[np.int64]) -> list[Future[Tensor]]:
+            parts = np.array_split(indices_B, min(threads, len(indices_B)))
+            return [pool.submit(trajectory_noise, job.seed, part, shape) for part in parts]
+
+        ahead = begin(batches[0])
+        for indices_B, following in zip_longest(batches, batches[1:]):
+            noise_BLC = torch.cat([part.result() for part in ahead])
+            ahead = begin(following) if following is not None else []
+            yield indices_B, noise_BLC
 
 
 def _remove_strangers(directory: Path, plans: list[ShardPlan]) -> None:
