@@ -6,12 +6,14 @@ from safetensors.torch import save
 
 import test_alternating
 import test_training
+from ddops.config.models import HeadConfig
 from ddops.losses.dd2 import straight_through_codes
-from ddops.models.ar_diffusion import codebook_mean
+from ddops.models.ar_diffusion import codebook_mean, new_ar_diffusion
 from ddops.models.quantization import nearest_code
+from ddops.models.weights_dd2 import as_backbone
 from test_alternating import Pursuit
 from test_training import Killed, dying_at
-from tiny import tiny, untrained
+from tiny import FAMILIES, tiny, untrained
 
 
 def half(**changes):
@@ -112,6 +114,47 @@ def test_a_student_runs_in_half_precision():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits_BLV = student(noise_BLC, labels_B, torch.zeros(4, dtype=torch.long)).logits_BLV
     assert (logits_BLV.float() - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_stay_exact(family):
+    """Logits of half precision tie, so that another token is the largest; and a teacher's exact score is of its logits.
+    The transformers before them do run in half precision, so the heads are asked for what they make of their input."""
+    teacher, student = untrained(family)
+    config = HeadConfig(predicts="embedding", width=16, blocks=1)
+    head = new_ar_diffusion(as_backbone(teacher), config).head
+    heads = [(student, name) for name in student.head_modules]
+    heads += [(teacher.get_submodule("transformer"), name) for name in teacher.head_modules]
+    seen = []
+
+    def compare(module, inputs, output):
+        with torch.autocast("cpu", enabled=False):
+            expected = type(module).forward(module, *(x.float() for x in inputs))
+        seen.append(type(module).__name__)
+        assert output.dtype == torch.float32
+        assert torch.equal(output, expected)
+
+    hooks = [model.get_submodule(name).register_forward_hook(compare) for model, name in heads]
+    hooks.append(head.register_forward_hook(compare))
+    x_BLC, labels_B = torch.randn(2, teacher.layout.length, teacher.codebook_VC.shape[1]), torch.arange(2)
+    ids_BL = torch.randint(len(teacher.codebook_VC), x_BLC.shape[:2])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        student(x_BLC, labels_B, torch.zeros_like(labels_B))
+        hidden_BLD = as_backbone(teacher).hidden(labels_B, as_backbone(teacher).embed_prefix(ids_BL))
+        teacher.logits(labels_B, ids_BL)
+        head(x_BLC, torch.rand(x_BLC.shape[:2]), hidden_BLD)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) >= len(heads), "each was asked"
+
+
+def test_what_vars_transformer_reads_is_summed_exactly():
+    """The tokenizer's sums over scales, for the model that reads all of them at once as for the one that samples."""
+    teacher = untrained("var")[0]
+    q_BLC = torch.randn(2, teacher.layout.length, teacher.codebook_VC.shape[1])
+    expected = teacher.prefix_inputs(q_BLC)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(teacher.prefix_inputs(q_BLC), expected)
 
 
 def test_the_precision_is_a_choice_of_two():
