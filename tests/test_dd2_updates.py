@@ -17,7 +17,7 @@ from ddops.trajectories.dataset import TrajectoryBatch
 from tiny import tiny, untrained
 
 FAMILIES = ["llamagen", "var"]
-B = 16
+B = 8
 GUIDANCE_UPDATES = 25
 ROUNDS = 3
 RATE = 3e-3
@@ -187,6 +187,6 @@ def test_each_objective_trains_all_of_its_own_network_and_nothing_of_the_other(f
             assert ("kl" in values) == (pairing.guidance == "teacher")
             assert ("anchor" in values) == (pairing.anchor > 0)
             assert values["csd_gradient_level0"] > 0
-    assert losses[1] < FALLS_TO[pairing.guidance, pairing.head] * losses[0]
+    assert 0 < losses[1] < FALLS_TO[pairing.guidance, pairing.head] * losses[0]
     for name, network in run.networks.items():
         assert seen[name] == trained(network, left_out(family, pairing, name)), name
