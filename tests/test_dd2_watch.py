@@ -115,6 +115,8 @@ def test_pictures_of_the_same_noise_wait_for_the_end_of_the_training(tmp_path, m
     assert [file.name for file in files] == ["samples_000020.png", "samples_000040.png"]
     assert files[0].read_bytes() == files[1].read_bytes(), "one generator, one noise"
     assert Image.open(files[0]).size == (10 * 27 + 3, 3 * 27 + 3)
+    assert len(list(paths.STATE.rglob("*.png"))) == 2, "a run killed before its weights are written needs them again"
+    again.forget_pictures()
     assert not list(paths.STATE.iterdir())
     watch("one")(student, 20)
     watch("two")

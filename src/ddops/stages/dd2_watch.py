@@ -99,9 +99,12 @@ class DD2Watch:
         return values
 
     def keep_pictures(self, directory: Path) -> None:
-        """Move them to where they stay: ``samples_<step>.png``."""
+        """Copy them to where they stay: ``samples_<step>.png``. A run killed after this needs them again."""
         for file in sorted(self.pictures.glob("*.png")):
-            file.replace(directory / file.name)
+            shutil.copyfile(file, directory / file.name)
+
+    def forget_pictures(self) -> None:
+        """Delete those that wait; called once the run's checkpoint is gone."""
         shutil.rmtree(PICTURES, ignore_errors=True)
 
     def _drawer(self, student: Student, steps: int) -> Callable[[Indices, Tensor], Tensor]:

@@ -73,6 +73,7 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
     head = generator.model.head_config if isinstance(generator, ARDiffusionGenerator) else None
     save_generator(paths.DD2_GENERATOR, state, teacher.config, head)
     checkpoint.remove()
+    watch.forget_pictures()
 
 
 def _generator(config: TrainedDD2Config, teacher: BackboneTeacher) -> Student:

@@ -25,6 +25,7 @@ class CheckpointFile:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint; a crash leaves the previous one."""
+        self._remove_halves()
         with atomic_path(self.path) as temporary:
             torch.save({"fingerprint": self.fingerprint, **state}, temporary)
 
@@ -46,3 +47,9 @@ class CheckpointFile:
     def remove(self) -> None:
         """Forget the run; called once its result is in place."""
         self.path.unlink(missing_ok=True)
+        self._remove_halves()
+
+    def _remove_halves(self) -> None:
+        """Delete what a run that was killed while saving left: as large as a checkpoint each."""
+        for half in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            half.unlink(missing_ok=True)
