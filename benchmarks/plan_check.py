@@ -44,6 +44,7 @@ FULL_SIZE = ("var_d16", "llamagen_l")
 CASES = ("digits", "digits_var", *FULL_SIZE)
 DIGITS_BATCH = 250
 ROUNDS = {"digits": 3, "digits_var": 3, "var_d16": 2, "llamagen_l": 2}
+NOISE_SAMPLES, NOISE_ROUNDS = 64, 5
 CLOCK = time.process_time
 Run = Callable[[], Any]
 
@@ -57,6 +58,7 @@ def predictions(config: Config, *, full_size: bool) -> dict[str, list[Work]]:
             return {
                 "student, one step": [passes.student_work(teacher, student, config, 1, 1)],
                 "decoder": [passes.decode_work(teacher, 1)],
+                "teacher": passes.teacher_work(teacher, config, 1),
             }
         sampling = passes.teacher_work(teacher, config, DIGITS_BATCH)
         assert isinstance(config.dd1, TrainedDD1Config)
@@ -93,7 +95,22 @@ def full_size_runs(config: Config) -> dict[str, Run]:
     def decode() -> Tensor:
         return teacher.decode(noise_BLC)
 
-    return {"student, one step": draw, "decoder": decode}
+    def sample() -> Tensor:
+        return sample_teacher(teacher, label_B, config.sampling, lambda level, log_p_BlV: log_p_BlV.argmax(-1))
+
+    return {"student, one step": draw, "decoder": decode, "teacher": sample}
+
+
+def noise_row(config: Config) -> dict[str, float]:
+    """Of a thread, which the plan counts at one rate whatever the machine."""
+    model = config.teacher.model
+    shape, times = (sum(model.level_sizes), model.code_dim), []
+    for first in range(0, NOISE_ROUNDS * NOISE_SAMPLES, NOISE_SAMPLES):
+        begun = CLOCK()
+        trajectory_noise(0, torch.arange(first, first + NOISE_SAMPLES).numpy(), shape)
+        times.append(CLOCK() - begun)
+    took, guess = statistics.median(times), NOISE_SAMPLES * passes.noise_seconds(model)
+    return {"measured_seconds": took, "predicted_seconds": guess, "predicted_over_measured": guess / took}
 
 
 def digits_runs(config: Config) -> dict[str, Run]:
@@ -177,6 +194,8 @@ def measure(case: str, params: Path) -> dict[str, Any]:
             ),
             "gflop": sum(work.flops for work in predicted[name]) / 1e9,
         }
+    if case in FULL_SIZE:
+        rows[f"noise of {NOISE_SAMPLES} samples"] = noise_row(config)
     rows["last_probe"] = {
         "gflops": after.flops / 1e9,
         "gigabytes_a_second": after.bandwidth / 1e9,

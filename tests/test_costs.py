@@ -100,6 +100,20 @@ def test_attention_counts_its_products_and_half_of_a_causal_one():
     assert ledger.flops == 2 * 2 * 2 * 3 * (7 * 8 / 2) * 8
 
 
+def test_inference_counts_as_much_as_training():
+    """Without autograd composite operators reach the ledger whole."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 6 * 6, 5))
+    x = torch.randn(2, 3, 8, 8)
+    q = torch.randn(2, 3, 7, 8)
+    counts = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), Ledger() as ledger:
+            model(x)
+            torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        counts.append(ledger.flops)
+    assert counts[0] == counts[1] == 2 * 2 * (4 * 36 * 27 + 144 * 5) + 2 * 2 * 2 * 3 * 7 * 7 * 8
+
+
 def test_views_are_free_and_expanded_tensors_are_read_once():
     x, row = torch.randn(100, 10), torch.randn(10)
     with Ledger() as ledger:
