@@ -155,6 +155,7 @@ def measure(
             difference = (torch.as_tensor(outputs[name]).cpu() - outputs["lean_1"].cpu()).abs()
             part.setdefault(name, {})["difference_to_lean"] = float(difference.max())
     del outputs
+    write_json(arguments.output, results)
     if arguments.device == "cuda":
         results["matmul_tflops"] = matmul_tflops()
     results["commands"].append(stamp())
@@ -164,9 +165,8 @@ def measure(
             for key, value in timed(run, arguments.device).items():
                 figures.setdefault(key, []).append(value)
         write_json(arguments.output, results)
-        print(
-            f"{preset} {kind} {batch}:", {n: round(statistics.median(part[n]["seconds"]), 3) for n in runs}, flush=True
-        )
+        medians = {name: round(statistics.median(part[name]["seconds"]), 3) for name in runs}
+        print(f"{preset} {kind} {batch}:", medians, flush=True)
 
 
 def counts_flops(name: str) -> bool:

@@ -124,11 +124,12 @@ def test_presets_with_dd2_are_those_without_it_and_dd2_after_dd1(preset: str) ->
     assert set(config.evaluate.rows) > set(without.evaluate.rows)
 
 
-def test_dd2_of_a_published_teacher_is_predicted_to_fit_the_card() -> None:
-    """Its updates run, without values, through the stages' own code."""
-    costs = predict(config_of("var_d16_dd2"), DEVICES["h200"])
+@pytest.mark.parametrize(("preset", "card"), [("var_d16_dd2", "h100"), ("llamagen_l_dd2", "h100")])
+def test_dd2_of_a_published_teacher_is_predicted_to_fit_the_card(preset: str, card: str) -> None:
+    """Its updates run, without values, through the stages' own code, in the precision that the preset trains in."""
+    costs = predict(config_of(preset), DEVICES[card])
     for stage in ("ar_diffusion", "distill_dd2"):
-        assert 0 < costs[stage].memory < DEVICES["h200"].memory
+        assert 0 < costs[stage].memory < DEVICES[card].memory
         assert costs[stage].flops < costs["distill_dd1"].flops / 3, "less training than DD1 takes"
 
 
