@@ -111,7 +111,7 @@ def test_products_and_cache_are_half_as_wide_and_logits_guidance_and_filters_are
     hooks = [
         module.register_forward_hook(lambda _, __, output, name=name: seen.__setitem__(name, output.dtype))
         for name, module in teacher.transformer.named_modules()
-        if type(module) is torch.nn.Linear
+        if isinstance(module, torch.nn.Linear)
     ]
     with in_half(), torch.no_grad():
         session = teacher.open(torch.arange(4), sampling)
