@@ -18,6 +18,7 @@ from ddops.models.autoencoder import upsample
 from ddops.models.interface import FullPasses, Student
 from ddops.models.layout import LevelLayout, noise_data_rows
 from ddops.models.level_attention import LevelAttention, student_mask
+from ddops.models.precision import WholeLinear
 from ddops.models.reduced import to_bfloat16
 from ddops.models.var import attend_masked
 from ddops.models.var_student import VARStudent
@@ -210,7 +211,11 @@ def test_in_bfloat16_products_are_rounded_and_heads_are_not(family: str) -> None
     rounded = to_bfloat16(copy.deepcopy(graph), graph.whole_modules)
     kinds: dict[str, torch.dtype] = {}
     for name, module in rounded.named_modules():
-        if type(module) in (nn.Linear, nn.Conv2d):  # and not VAR's phi, which mixes a convolution with its input
+        if type(module) in (
+            nn.Linear,
+            WholeLinear,
+            nn.Conv2d,
+        ):  # and not VAR's phi, which mixes a convolution with its input
             module.register_forward_hook(lambda _, __, output, name=name: kinds.__setitem__(name, output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         images_BIHW, ids_Bn = rounded.draw(noise_for(family), LABELS)
