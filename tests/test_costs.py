@@ -123,6 +123,20 @@ def test_views_are_free_and_expanded_tensors_are_read_once():
     assert ledger.bytes == 4 * (1000 + 10 + 1000)
 
 
+def test_a_product_of_few_rows_takes_what_reading_its_matrix_takes():
+    """A teacher that draws token by token reads all of its weights each time; more rows, or a matrix that a cache holds,
+    go at the usual rates."""
+    layer, small = torch.nn.Linear(1024, 2048, bias=False), torch.nn.Linear(64, 64)
+    with torch.no_grad(), Ledger() as ledger:
+        for x, module in ((torch.randn(2, 1024), layer), (torch.randn(512, 1024), layer), (torch.randn(2, 64), small)):
+            module(x)
+    assert [operator.streamed for operator in ledger.operators if operator.flops] == [True, False, False]
+    device = Device(flops=1e9, half_flops=1e9, bandwidth=10.0, launch=0.0, memory=0.0, source="", streaming=2.0)
+    assert device.seconds([Operator(1.0, 40.0, streamed=True)]) == 20.0
+    assert device.seconds([Operator(1.0, 40.0)]) == 4.0
+    assert replace(device, streaming=None).seconds([Operator(1.0, 40.0, streamed=True)]) == 4.0
+
+
 def test_an_operator_takes_what_takes_longest():
     device = Device(flops=100.0, half_flops=1000.0, bandwidth=10.0, launch=1.0, memory=0.0, source="")
     operators = [Operator(500.0, 10.0), Operator(0.0, 40.0), Operator(1.0, 1.0)]
@@ -136,6 +150,8 @@ def test_this_machine_is_probed_and_others_are_named():
     here = probe()
     assert 1e9 < here.flops < 1e14
     assert 1e8 < here.bandwidth < 1e12
+    assert here.streaming is not None
+    assert 1e8 < here.streaming < 1e12
     assert 1e-7 < here.launch < 1e-2
     assert find_device("H200") is DEVICES["h200"]
     with pytest.raises(UnknownDevice, match="valid: h200, h100, a100, 4090, cpu2, this"):

@@ -46,6 +46,8 @@ class Device:
     source: str
     overlaps: bool = True
     """Whether arithmetic, memory and launching go on at once, as on a GPU; a CPU's thread does one after the other."""
+    streaming: float | None = None
+    """Bytes a second of products of a few rows by a matrix that no cache holds; None: as ``bandwidth``."""
 
     @property
     def kind(self) -> str:
@@ -59,7 +61,10 @@ class Device:
         def rate(operator: Operator) -> float:
             return self.half_flops if operator.half else self.flops
 
-        return sum(together(each.flops / rate(each), each.bytes / self.bandwidth, self.launch) for each in operators)
+        def bandwidth(operator: Operator) -> float:
+            return self.streaming if operator.streamed and self.streaming else self.bandwidth
+
+        return sum(together(each.flops / rate(each), each.bytes / bandwidth(each), self.launch) for each in operators)
 
 
 def _sum(*parts: float) -> float:
@@ -110,7 +115,8 @@ def probe(clock: Callable[[], float] = time.perf_counter) -> Device:
     """This machine's CPU as it is now, with torch's number of threads; takes a second or two.
 
     The rate is a product's of 768 x 768; the bandwidth that of the operators that transformers are made of (addition,
-    SiLU, normalisation) on arrays of 3 MB; a launch that of a linear layer of 64 numbers.
+    SiLU, normalisation) on arrays of 3 MB; that of streamed products of two rows by matrices of 100 MB together; a
+    launch that of a linear layer of 64 numbers.
     """
     a, b = torch.randn(768, 768), torch.randn(768, 768)
     x, y, small, layer = torch.randn(1024, 768), torch.randn(1024, 768), torch.randn(1, 64), nn.Linear(64, 64)
@@ -123,6 +129,7 @@ def probe(clock: Callable[[], float] = time.perf_counter) -> Device:
     ]
     moved = sum(moved for moved, _ in passes)
     half_a, half_b = a.bfloat16(), b.bfloat16()
+    rows, matrices = torch.randn(2, 1024), torch.randn(6, 4096, 1024).unbind()
     return Device(
         flops=IN_A_MODEL * 2 * 768.0**3 / _seconds(clock, lambda: a @ b),
         half_flops=IN_A_MODEL * 2 * 768.0**3 / _seconds(clock, lambda: half_a @ half_b),
@@ -131,6 +138,7 @@ def probe(clock: Callable[[], float] = time.perf_counter) -> Device:
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         source=f"this machine's CPU, probed now with {torch.get_num_threads()} threads",
         overlaps=False,
+        streaming=4.0 * 6 * 4096 * 1024 / _seconds(clock, lambda: [F.linear(rows, matrix) for matrix in matrices], 1),
     )
 
 

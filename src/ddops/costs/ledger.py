@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ATTENTION = "_scaled_dot_product"
+STREAMED_BYTES = 4e6
+FEW_ROWS = 64
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -31,6 +33,8 @@ class Operator(NamedTuple):
     """Of its inputs and outputs."""
     half: bool = False
     """Whether it computes in bfloat16."""
+    streamed: bool = False
+    """Whether it is a product of a few rows by a matrix that no cache holds: reading that is what it takes."""
 
 
 class Ledger(TorchDispatchMode):
@@ -61,13 +65,22 @@ class Ledger(TorchDispatchMode):
         if func.namespace == "aten" and not func.is_view:
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
             half = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
-            self.operators.append(Operator(_flops(func, args, kwargs, out), sum(map(_bytes, tensors)), half))
+            flops = _flops(func, args, kwargs, out)
+            streamed = flops > 0 and _is_streamed(
+                flops, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            )
+            self.operators.append(Operator(flops, sum(map(_bytes, tensors)), half, streamed))
         return out
 
 
 def _bytes(tensor: Tensor) -> float:
     """What is read of a tensor; an expanded one is read once."""
     return float(min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()))
+
+
+def _is_streamed(flops: float, inputs: list[Tensor]) -> bool:
+    largest = max(inputs, key=_bytes)
+    return _bytes(largest) > STREAMED_BYTES and flops < 2 * FEW_ROWS * largest.numel()
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:

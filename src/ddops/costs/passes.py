@@ -43,7 +43,7 @@ STEP_LAUNCHES: Final = 40
 """Operators on arrays without the codes' axis, in each step of the solver."""
 VGG_WIDTHS: Final = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
 """VGG-16's convolutions; 0 halves the image."""
-NOISE_RATE: Final = 7e6
+NOISE_RATE: Final = 15e6
 """Normals that one thread of a processor draws in a second, at 70 GFLOP/s (benchmarks/plan_check.py)."""
 ALONE: Final = Replicas(0, 1)
 
