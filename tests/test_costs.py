@@ -124,8 +124,8 @@ def test_views_are_free_and_expanded_tensors_are_read_once():
 
 
 def test_a_product_of_few_rows_takes_what_reading_its_matrix_takes():
-    """A teacher that draws token by token reads all of its weights each time; more rows, or a matrix that a cache holds,
-    go at the usual rates."""
+    """A teacher that draws token by token reads all of its weights each time; more rows, or a matrix that a cache
+    holds, go at the usual rates."""
     layer, small = torch.nn.Linear(1024, 2048, bias=False), torch.nn.Linear(64, 64)
     with torch.no_grad(), Ledger() as ledger:
         for x, module in ((torch.randn(2, 1024), layer), (torch.randn(512, 1024), layer), (torch.randn(2, 64), small)):
