@@ -90,7 +90,7 @@ DEVICES: Final = {
     "h100": _card(67e12, 989e12, 3.35e12, 80e9),
     "a100": _card(19.5e12, 312e12, 2.04e12, 80e9),
     "4090": _card(82.6e12, 165e12, 1.01e12, 24e9),
-    # The machine of benchmarks/: CPU time of one thread, see benchmarks/results/plan_check.json.
+    # The machine of benchmarks/: CPU time of one thread, see benchmarks/results/plan_check_amx.json.
     "cpu2": Device(
         145e9, 300e9, 13e9, 1e-5, 24e9, "one thread of a core with AVX-512 and AMX, measured", overlaps=False
     ),
