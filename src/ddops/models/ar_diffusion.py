@@ -193,11 +193,11 @@ def nearest_logits(embeddings_BLC: Tensor, codebook_VC: Tensor) -> Tensor:
 
 def _squared_distance_to_nearest(codebook_VC: Tensor, chunk: int = 1024) -> Tensor:
     """Of each code, to another one: (V,). In chunks, so that nothing is as large as V x V."""
-    half_norm_V = codebook_VC.square().sum(-1) / 2
+    half_norm_V, id_V = codebook_VC.square().sum(-1) / 2, torch.arange(len(codebook_VC), device=codebook_VC.device)
     nearest = []
     for first in range(0, len(codebook_VC), chunk):
         part_vC = codebook_VC[first : first + chunk]
         squared_vV = 2 * (half_norm_V[first : first + chunk, None] + half_norm_V - part_vC @ codebook_VC.T)
-        squared_vV.diagonal(first).fill_(float("inf"))
-        nearest.append(squared_vV.amin(1))
+        itself_vV = id_V[first : first + chunk, None] == id_V
+        nearest.append(squared_vV.masked_fill(itself_vV, float("inf")).amin(1))
     return torch.cat(nearest)
