@@ -13,8 +13,7 @@ from ddops.stages import paths
 from ddops.stages.distill_dd2 import _generator, _guidance
 from ddops.training.loop import build_optimizers, update
 from ddops.training.replicas import Replicas
-from ddops.trajectories.dataset import TrajectoryBatch
-from tiny import tiny, untrained
+from tiny import RandomBatches, tiny, untrained
 
 FAMILIES = ["llamagen", "var"]
 B = 8
@@ -93,18 +92,6 @@ def reached(network):
     return {name for name, grad in grads.items() if grad is not None and grad.any()}
 
 
-class Random:
-    """The anchor's batches: random labels, noise and ids."""
-
-    def __init__(self, teacher):
-        self.length, self.codebook_VC = teacher.layout.length, teacher.codebook_VC
-
-    def batch(self, indices_B, step):
-        size = len(indices_B), self.length
-        noise_BLC = torch.randn(*size, self.codebook_VC.shape[1])
-        return TrajectoryBatch(torch.randint(10, size[:1]), noise_BLC, torch.randint(len(self.codebook_VC), size))
-
-
 class Run:
     """Both networks as the stage builds them from files, whose every weight matters, and the objectives."""
 
@@ -135,7 +122,7 @@ class Run:
         settings = {"generator": config.dd2.training, "guidance": config.dd2.guidance}
         self.optimizers = {name: build_optimizers(self.networks[name], settings[name]) for name in settings}
         self.objectives = DD2Objectives(
-            self.teacher, Random(teacher), config.dd2, config.sampling, config.dd1.start_positions
+            self.teacher, RandomBatches(teacher), config.dd2, config.sampling, config.dd1.start_positions
         )
 
     def step(self, name):

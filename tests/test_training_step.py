@@ -13,8 +13,7 @@ from ddops.models.classifier import DigitsClassifier
 from ddops.models.weights_dd2 import as_backbone
 from ddops.training.loop import build_optimizers, compile_blocks, frozen_copy, update, update_ema
 from ddops.training.replicas import Replicas
-from ddops.trajectories.dataset import TrajectoryBatch
-from tiny import tiny, untrained
+from tiny import RandomBatches, tiny, untrained
 
 FAMILIES = ["llamagen", "var"]
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique")
@@ -60,18 +59,6 @@ def _is_mask(index):
     return isinstance(index, torch.Tensor) and index.dtype == torch.bool
 
 
-class Random:
-    """Batches of random labels, noise and ids."""
-
-    def __init__(self, teacher):
-        self.length, self.codebook_VC = teacher.layout.length, teacher.codebook_VC
-
-    def batch(self, indices_B, step):
-        size = len(indices_B), self.length
-        noise_BLC = torch.randn(*size, self.codebook_VC.shape[1])
-        return TrajectoryBatch(torch.randint(10, size[:1]), noise_BLC, torch.randint(len(self.codebook_VC), size))
-
-
 X, MASK = torch.arange(4.0), torch.tensor([True, False, True, True])
 
 
@@ -107,7 +94,7 @@ def test_a_step_of_dd1_waits_for_nothing(family):
     teacher, student = untrained(family)
     student = frozen_copy(student).requires_grad_(True)
     distance = classifier_distance(DigitsClassifier(channels=32, feature_dim=8, dropout=0.0))
-    objective = dd1_objective(teacher, Random(teacher), config, distance)
+    objective = dd1_objective(teacher, RandomBatches(teacher), config, distance)
     optimizers, ema = build_optimizers(student, config.training), frozen_copy(student)
     with Waits() as waits:
         for step in range(2):
@@ -124,7 +111,7 @@ def test_a_step_of_dd2_waits_for_nothing(family):
     teacher, generator = untrained(family)
     generator = frozen_copy(generator).requires_grad_(True)
     guidance = new_ar_diffusion(as_backbone(teacher), None)
-    objectives = DD2Objectives(teacher, Random(teacher), config.dd2, config.sampling, config.dd1.start_positions)
+    objectives = DD2Objectives(teacher, RandomBatches(teacher), config.dd2, config.sampling, config.dd1.start_positions)
     networks = {generator: config.dd2.training, guidance: config.dd2.guidance}
     optimizers = {network: build_optimizers(network, settings) for network, settings in networks.items()}
     with Waits() as waits:

@@ -15,6 +15,7 @@ from ddops.config.load import compose, validate, write_params
 from ddops.config.stages import Config
 from ddops.models.interface import Student, Teacher
 from ddops.models.registry import build_student, build_teacher
+from ddops.trajectories.dataset import TrajectoryBatch
 
 ROOT = Path(__file__).parents[1]
 PARAMS = ROOT / "params"
@@ -82,3 +83,15 @@ def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, by its relative path."""
     files = (file for file in sorted(directory.rglob("*")) if file.is_file())
     return {str(file.relative_to(directory)): file.read_bytes() for file in files}
+
+
+class RandomBatches:
+    """What a data set of trajectories gives a training step: random labels, noise and ids."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.length, self.codebook_VC = teacher.layout.length, teacher.codebook_VC
+
+    def batch(self, indices_B: torch.Tensor, step: int) -> TrajectoryBatch:
+        size = len(indices_B), self.length
+        noise_BLC = torch.randn(*size, self.codebook_VC.shape[1])
+        return TrajectoryBatch(torch.randint(10, size[:1]), noise_BLC, torch.randint(len(self.codebook_VC), size))
