@@ -66,9 +66,8 @@ class Ledger(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
             half = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
             flops = _flops(func, args, kwargs, out)
-            streamed = flops > 0 and _is_streamed(
-                flops, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            )
+            given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            streamed = flops > 0 and _is_streamed(flops, given)
             self.operators.append(Operator(flops, sum(map(_bytes, tensors)), half, streamed))
         return out
 

@@ -24,6 +24,7 @@ from ddops.training.checkpoint import CheckpointFile
 from ddops.training.curves import Curves
 from ddops.training.device import device_of
 from ddops.training.errors import TrainingDiverged
+from ddops.training.muon import Muon
 from ddops.training.replicas import Replicas, replicas
 from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 
@@ -127,8 +128,7 @@ def seeded(seed: int, build: Callable[[], Module]) -> Module:
 def build_optimizers(model: nn.Module, config: TrainingConfig | GuidanceConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon before it on the matrices of the transformer blocks where the configuration asks for it.
 
-    Weight decay is on matrices only: biases, norms and scales are left alone. Muon's steps are scaled to the size of
-    AdamW's (Liu et al., arXiv 2502.16982, equation 4), so that both go by one learning rate.
+    Weight decay is on matrices only: biases, norms and scales are left alone.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     inner = {
@@ -143,8 +143,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig | GuidanceConfig) 
     ]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=config.betas, fused=True)]
     if inner:
-        muon = torch.optim.Muon(inner.values(), weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.insert(0, muon)
+        optimizers.insert(0, Muon(list(inner.values()), config.weight_decay))
     return optimizers
 
 

@@ -331,10 +331,8 @@ def make_shard(job: Job, plan: ShardPlan) -> Throughput:
 
         def timed_pick(level: int, log_p_BlV: Tensor, pick: Any = pick) -> Tensor:
             nonlocal in_map
-            if device.type == "cuda":
-                torch.cuda.synchronize(
-                    device
-                )  # or the map, which waits for the device, would be blamed for the teacher
+            if device.type == "cuda":  # or the map, which waits for the device, would be blamed for the teacher
+                torch.cuda.synchronize(device)
             start = clock()
             chosen: Tensor = pick(level, log_p_BlV)
             in_map += clock() - start
