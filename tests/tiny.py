@@ -53,6 +53,7 @@ def tiny(family: str = "llamagen", *overrides: str) -> Config:
 
 
 @cache
+@torch.inference_mode(False)  # whoever asks first: others train it
 def untrained(family: str = "llamagen") -> tuple[Teacher, Student]:
     """A teacher and its student with random weights so large that every one of them matters to the output."""
     torch.manual_seed(0)
