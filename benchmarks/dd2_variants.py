@@ -41,7 +41,8 @@ PAPERS: Final = (
     *("ar_diffusion.head.predicts=embedding", "dd2.guidance.start=ar_diffusion"),
     *("dd2.output=embeddings", "dd2.anchor_weight=0.0"),
 )
-"""Whose AR-diffusion model WORKSPACE must hold, with that head; the others need one of the preset's."""
+"""Whose AR-diffusion model WORKSPACE must hold, with that head, as ``output: embeddings`` must; the others need one of
+the preset's."""
 VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "as the preset": (),
     "no anchor": ("dd2.anchor_weight=0.0",),
@@ -49,6 +50,10 @@ VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "start: ar_diffusion": ("dd2.start=ar_diffusion", "dd2.anchor_weight=0.0"),
     "the paper's": ("dd2.start=ar_diffusion", *PAPERS),
     "guidance network: ar_diffusion": ("dd2.guidance.start=ar_diffusion",),
+    "output: embeddings": (
+        *("ar_diffusion.head.predicts=embedding", "dd2.guidance.start=ar_diffusion"),
+        "dd2.output=embeddings",
+    ),
     "1 guidance update": ("dd2.guidance.updates=1",),
     "5 guidance updates": ("dd2.guidance.updates=5",),
     "weighting: velocity": ("dd2.weighting=velocity",),
@@ -61,9 +66,17 @@ VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "flow matching": ("ar_diffusion.target=flow_matching",),
     "ground-truth score": (),
     "the paper's head": ("ar_diffusion.head.predicts=embedding",),
+    "a small head": ("ar_diffusion.head.width=16", "ar_diffusion.head.blocks=1"),
+    "the paper's head, large": (
+        "ar_diffusion.head.predicts=embedding",
+        *("ar_diffusion.head.width=192", "ar_diffusion.head.blocks=4"),
+    ),
     "the paper's head, flow matching": ("ar_diffusion.head.predicts=embedding", "ar_diffusion.target=flow_matching"),
 }
-AR_DIFFUSION: Final = ("flow matching", "ground-truth score", "the paper's head", "the paper's head, flow matching")
+AR_DIFFUSION: Final = (
+    *("flow matching", "ground-truth score", "a small head"),
+    *("the paper's head", "the paper's head, flow matching", "the paper's head, large"),
+)
 """Variants of the AR-diffusion model alone."""
 GIVEN: Final = (
     "artifacts/features",

@@ -1,19 +1,24 @@
 """What a one-step generator costs: DD1 alone beside a short DD1 that DD2 takes over, FID against teacher passes.
 
+The short DD1 has small batches, which learn more from a pass; so DD1 alone with the short one's settings is run as
+well, for a third of the whole one's passes.
+
     python benchmarks/training_cost.py WORKSPACE --preset digits --output benchmarks/results/training_cost_digits.json
 
 WORKSPACE is where the preset's stages up to ``distill_dd1`` ran; nothing there is changed. The short way takes its
 judge and teacher, and trains anew from fewer trajectories. FIDs are those of the stages' own curves (one seed of
 noise); passes are of the teacher over a whole sequence, trajectories included, as
-:func:`dd2_variants.training_passes` counts them. Run it again to go on.
+:func:`dd2_variants.training_passes` counts them. Run it again to go on: finished stages are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -31,14 +36,18 @@ from ddops.evaluation.report import read_curve
 from ddops.files import atomic_path, write_json
 
 SHORT: Final = (
-    *("trajectories.count=8000", "dd1.training.steps=250", "dd1.training.warmup_steps=25", "dd1.evaluate_every=50"),
+    *("trajectories.count=16000", "dd1.training.batch_size=16", "dd1.training.steps=2400"),
+    *("dd1.training.learning_rate=1.5e-3", "dd1.training.processes=1", "dd1.evaluate_every=400"),
     *("dd2.guidance.alignment_steps=30", "dd2.guidance.batch_size=128", "dd2.guidance.learning_rate=1.0e-3"),
-    *("dd2.training.steps=50", "dd2.training.batch_size=128", "dd2.training.learning_rate=4.0e-4"),
-    *("dd2.training.ema_decay=0.95", "dd2.anchor_weight=0.0", "dd2.evaluate_every=10", "ar_diffusion=none"),
+    *("dd2.training.steps=45", "dd2.training.batch_size=128", "dd2.training.learning_rate=4.0e-4"),
+    *("dd2.training.ema_decay=0.95", "dd2.training.processes=1", "dd2.anchor_weight=0.0", "dd2.evaluate_every=5"),
+    "ar_diffusion=none",
 )
 """Settings of the short way; ``--override`` adds to them."""
 STAGES: Final = ("captions", "trajectories", "distill_dd1", "distill_dd2")
 GIVEN: Final = ("artifacts/features", "artifacts/teacher")
+SHARE: Final = 1 / 3
+"""Of the whole DD1's passes: what the short one's settings are given for DD1 alone."""
 Points = list[tuple[float, float]]
 """Passes so far, and the FID of one step there."""
 
@@ -58,17 +67,33 @@ def curve(place: Path, name: str) -> list[tuple[int, float]]:
     return list(zip(*read_curve(file), strict=True)) if file.exists() else []
 
 
-def run_short(workspace: Path, place: Path, values: dict[str, Any]) -> None:
-    """The stages of the short way; raises SystemExit where one fails."""
-    for given in GIVEN:
-        link = place / given
+def run_way(given: dict[str, Path], place: Path, values: dict[str, Any], stages: Sequence[str]) -> None:
+    """The stages of one way, those that are not finished; raises SystemExit where one fails."""
+    for name, target in given.items():
+        link = place / name
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
-            link.symlink_to((workspace / given).resolve(), target_is_directory=True)
-    write_params(values, place / "params.yaml")
-    for stage in STAGES:
+            link.symlink_to(target.resolve(), target_is_directory=True)
+    params, finished = place / "params.yaml", place / "finished.json"
+    if params.exists() and yaml.safe_load(params.read_text()) != values:
+        raise SystemExit(f"{params} is of other parameters: remove {place}, or name another --work")
+    write_params(values, params)
+    done: list[str] = json.loads(finished.read_text()) if finished.exists() else []
+    for stage in stages:
+        if stage in done:
+            continue
         if subprocess.run([sys.executable, "-m", f"ddops.stages.{stage}"], cwd=place, check=False).returncode:
             raise SystemExit(f"{stage} failed in {place}; run the same command again to go on")
+        done.append(stage)
+        write_json(finished, done)
+
+
+def steps_alone(short: Config, passes: float) -> int:
+    """Of DD1 with the short way's settings, for so many passes in all; in hundreds."""
+    assert short.dd1.source == "train"
+    spent = training_passes(short)
+    a_step = spent["distill_dd1"] / short.dd1.training.steps
+    return int((passes - spent["trajectories"]) / a_step) // 100 * 100
 
 
 def first_at(found: Points, fid: float) -> float | None:
@@ -108,10 +133,17 @@ def main() -> None:
     full = validate(yaml.safe_load((arguments.workspace / "params.yaml").read_text()), "WORKSPACE/params.yaml")
     choice = [f"preset={arguments.preset}", f"seed={full.seed}", *SHORT, *arguments.overrides]
     values = compose(arguments.params, choice)
-    run_short(arguments.workspace, arguments.work, values)
-    alone = points(arguments.workspace, full)[: len(curve(arguments.workspace, "dd1"))]
-    short = points(arguments.work, validate(values, "the short way"))
-    aim = alone[-1][1]
+    config = validate(values, "the short way")
+    given = {name: arguments.workspace / name for name in GIVEN}
+    run_way(given, arguments.work, values, STAGES)
+    whole = points(arguments.workspace, full)[: len(curve(arguments.workspace, "dd1"))]
+    short = points(arguments.work, config)
+    steps, place = steps_alone(config, SHARE * whole[-1][0]), arguments.work / "alone"
+    values = compose(arguments.params, [*choice, f"dd1.training.steps={steps}", f"dd1.evaluate_every={steps // 6}"])
+    given |= {name: arguments.work / name for name in ("data/captions", "data/trajectories")}
+    run_way(given, place, values, ["distill_dd1"])
+    alone = points(place, validate(values, "DD1 alone"))
+    aim = whole[-1][1]
     places = {str(arguments.workspace): "WORKSPACE", str(arguments.work): "WORK"}
     result = {
         "command": " ".join(places.get(word, word) for word in sys.argv),
@@ -120,14 +152,20 @@ def main() -> None:
         "preset": arguments.preset,
         "seed": full.seed,
         "short": choice,
-        "dd1": alone,
+        "dd1": whole,
+        "dd1_small_batches": alone,
         "dd1_then_dd2": short,
         "teacher_fid": arguments.teacher_fid,
         "aim": aim,
-        "passes": {"dd1": alone[-1][0], "dd1_first_there": first_at(alone, aim), "dd1_then_dd2": first_at(short, aim)},
+        "passes": {
+            "dd1": whole[-1][0],
+            "dd1_first_there": first_at(whole, aim),
+            "dd1_small_batches": first_at(alone, aim),
+            "dd1_then_dd2": first_at(short, aim),
+        },
     }
     write_json(arguments.output, result)
-    ways = {"DD1": alone, "a short DD1, then DD2": short}
+    ways = {"DD1, the preset's": whole, "DD1, small batches": alone, "a short DD1 of those, then DD2": short}
     draw(ways, arguments.teacher_fid, arguments.output.with_suffix(".svg"))
     print(result["passes"])
 
