@@ -1,5 +1,7 @@
 """DD2's choices one by one: each variant trains its generator from the same teacher, trajectories and DD1 student.
 
+Some train the AR-diffusion model alone, or the short DD1 before a DD2.
+
     python benchmarks/dd2_variants.py WORKSPACE --output benchmarks/results/dd2_choices.json --override KEY=VALUE
 
 WORKSPACE is where the stages up to ``distill_dd1`` (and ``ar_diffusion``) ran; nothing there is changed. Overrides are
@@ -43,7 +45,7 @@ PAPERS: Final = (
 )
 """Whose AR-diffusion model WORKSPACE must hold, with that head, as ``output: embeddings`` must; the others need one of
 the preset's."""
-VARIANTS: Final[dict[str, tuple[str, ...]]] = {
+VARIANTS: dict[str, tuple[str, ...]] = {
     "as the preset": (),
     "no anchor": ("dd2.anchor_weight=0.0",),
     "start: teacher": ("dd2.start=teacher",),
@@ -73,6 +75,19 @@ VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "the paper's head, flow matching": ("ar_diffusion.head.predicts=embedding", "ar_diffusion.target=flow_matching"),
 }
+SHORT_DD1: Final = {
+    f"short DD1, {size} samples a step": (
+        *(
+            f"dd1.training.batch_size={size}",
+            f"dd1.training.steps={32_000 // size}",
+            f"dd1.training.learning_rate={rate}",
+        ),
+        *("dd1.training.processes=1", "dd1.training.warmup_steps=25", f"dd1.evaluate_every={8_000 // size}"),
+    )
+    for size, rate in ((128, 3e-3), (64, 3e-3), (32, 1.5e-3), (16, 1.5e-3), (8, 1e-3))
+}
+"""Variants of DD1 alone, of as many samples in all; the rates are the better of two or three tried."""
+VARIANTS |= SHORT_DD1
 AR_DIFFUSION: Final = (
     *("flow matching", "ground-truth score", "a small head"),
     *("the paper's head", "the paper's head, flow matching", "the paper's head, large"),
@@ -86,9 +101,12 @@ GIVEN: Final = (
     "artifacts/ar_diffusion",
 )
 CURVES: Final = {
+    "distill_dd1": ("dd1", ("fid_1step", "fid_2step")),
     "distill_dd2": ("dd2", ("fid_1step", "fid_2step", "recall", "diversity", "kl")),
     "ar_diffusion": ("ar_diffusion", ("fid", "excess")),
 }
+MADE: Final = {"ar_diffusion": "ar_diffusion", "distill_dd1": "dd1"}
+"""What of GIVEN a stage makes itself."""
 BACKWARD: Final = 2.0
 """Of a backward pass, in forward passes."""
 
@@ -113,9 +131,9 @@ def training_passes(config: Config) -> dict[str, float]:
 
 def run_variant(name: str, workspace: Path, place: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Curves, cost and CPU seconds of one variant; raises SystemExit where its stage fails."""
-    stage = "ar_diffusion" if name in AR_DIFFUSION else "distill_dd2"
+    stage = "ar_diffusion" if name in AR_DIFFUSION else "distill_dd1" if name in SHORT_DD1 else "distill_dd2"
     for given in GIVEN:
-        if given != f"artifacts/{stage}" and (workspace / given).exists():
+        if given != f"artifacts/{MADE.get(stage)}" and (workspace / given).exists():
             link = place / given
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.exists():
