@@ -77,12 +77,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 SHORT_DD1: Final = {
     f"short DD1, {size} samples a step": (
-        *(
-            f"dd1.training.batch_size={size}",
-            f"dd1.training.steps={32_000 // size}",
-            f"dd1.training.learning_rate={rate}",
-        ),
-        *("dd1.training.processes=1", "dd1.training.warmup_steps=25", f"dd1.evaluate_every={8_000 // size}"),
+        *(f"dd1.training.batch_size={size}", f"dd1.training.steps={32_000 // size}"),
+        *(f"dd1.training.learning_rate={rate}", f"dd1.training.warmup_steps={1_600 // size}"),
+        *("dd1.training.processes=1", f"dd1.evaluate_every={8_000 // size}"),
     )
     for size, rate in ((128, 3e-3), (64, 3e-3), (32, 1.5e-3), (16, 1.5e-3), (8, 1e-3))
 }
