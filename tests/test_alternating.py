@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import nn
 
 from ddops.config.dd2 import GuidanceConfig
@@ -155,8 +155,36 @@ def test_an_evaluation_is_a_point_of_its_own_and_knows_those_before_it(tmp_path)
     assert seen[-1][1] == [float(step) for step, _ in seen[:-1]]
 
 
-def test_processes_share_the_batches(tmp_path):
-    """Two of three samples each, their gradients averaged; resumed, they end with the bytes of an undisturbed run."""
+class Certain:
+    """As Pursuit, without noise: what is learned does not depend on how a batch is shared."""
+
+    def guidance(self, generator, guidance, count):
+        with torch.no_grad():
+            x = generator(torch.linspace(-1, 1, 8).view(4, 2))
+        return {"loss": (guidance(x) - x).square().mean(), "samples": torch.tensor(float(count))}
+
+    def generator(self, generator, guidance, indices_B, step):
+        x = generator(torch.stack([indices_B / 13, indices_B.square() / 169], 1))
+        return {"loss": (x - guidance(x).detach() - 1).square().mean(), "size": x.abs().mean()}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_that_share_a_batch_compute_what_one_does(tmp_path, processes):
+    """To rounding: each index belongs to one process, and the guidance network's samples are divided among them."""
+    one, curves = run(tmp_path / "one", Certain())
+    several, shared = run(tmp_path / "several", Certain(), processes=processes)
+    for name, value in load(one).items():
+        torch.testing.assert_close(load(several)[name], value, atol=1e-5, rtol=1e-4)
+    for table in ("size", "guidance_samples"):
+        name = next(name for name in curves if name.endswith(f"/{table}.tsv"))
+        points, expected = (
+            [float(line.split(b"\t")[1]) for line in found[name].splitlines()[1:]] for found in (shared, curves)
+        )
+        divisor = processes if table == "guidance_samples" else 1
+        assert points == pytest.approx([value / divisor for value in expected], rel=1e-4)
+
+
+def test_processes_resume_to_the_same_bytes(tmp_path):
     whole = run(tmp_path / "whole", processes=2)
     with pytest.raises(Killed):
         run(tmp_path / "part", Pursuit(die_at=8), processes=2)

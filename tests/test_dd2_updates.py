@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from ddops.distill.ar_diffusion import ar_diffusion_objective, draw_times
 from ddops.distill.dd2 import DD2Objectives
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.weights import STUDENT, TOKENIZER, save_weights
@@ -177,3 +178,81 @@ def test_each_objective_trains_all_of_its_own_network_and_nothing_of_the_other(f
     assert 0 < losses[1] < FALLS_TO[pairing.guidance, pairing.head] * losses[0]
     for name, network in run.networks.items():
         assert seen[name] == trained(network, left_out(family, pairing, name)), name
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_anchor_is_the_cross_entropy_of_the_tokens_that_are_not_given(family, start):
+    """The given levels are shown as data, the others as the trajectory's noise."""
+    config = tiny(family)
+    teacher, student = untrained(family)
+    batch = RandomBatches(teacher).batch(torch.arange(B), 0)
+
+    class OneBatch:
+        def batch(self, indices_B, step):
+            return batch
+
+    objectives = DD2Objectives(as_backbone(teacher), OneBatch(), config.dd2, config.sampling, (start,))
+    given = sum(teacher.layout.sizes[:start])
+    x_BLC = batch.noise_BLC.clone()
+    x_BLC[:, :given] = teacher.codebook_VC[batch.ids_BL[:, :given]]
+    with torch.no_grad():
+        logits_BLV = student(x_BLC, batch.labels_B, torch.full((B,), start)).logits_BLV.double()
+        expected = -logits_BLV.log_softmax(-1).gather(-1, batch.ids_BL[..., None])[:, given:].mean()
+        assert float(objectives.anchor(student, torch.arange(B), 0)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_the_teachers_score_is_of_the_distribution_that_it_is_sampled_from(guidance):
+    """Guided, LlamaGen's logits are ``u + g (c - u)``: against the unguided teacher as the guidance network, the
+    divergence is that of the two softmaxes, and without guidance there is nothing to move."""
+    config = tiny("llamagen", f"sampling.guidance={guidance}")
+    teacher, student = untrained("llamagen")
+    objectives = DD2Objectives(
+        as_backbone(teacher), RandomBatches(teacher), config.dd2, config.sampling, config.dd1.start_positions
+    )
+    batch = objectives.generate(student, B)
+    move = objectives.direction(batch, new_ar_diffusion(as_backbone(teacher), None))
+    with torch.no_grad():
+        c_BLV = teacher.logits(batch.labels_B, batch.ids_BL).double()
+        u_BLV = teacher.logits(teacher.unconditional(batch.labels_B), batch.ids_BL).double()
+    q_BLV, p_BLV = (x.log_softmax(-1) for x in (c_BLV, u_BLV + (guidance or 1.0) * (c_BLV - u_BLV)))
+    expected = (q_BLV.exp() * (q_BLV - p_BLV)).sum(-1).mean()
+    assert float(move.kl) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    assert (move.direction_BLC.abs().max() > 1e-3) == bool(guidance)
+
+
+@pytest.mark.parametrize("target", ["ground_truth_score", "flow_matching"])
+def test_the_ar_diffusion_models_target(target):
+    """With the teacher itself as the model, the closed form leaves no error, and the token what noise leaves open,
+    summed over the codebook in float64."""
+    config = tiny("llamagen", f"ar_diffusion.target={target}", "ar_diffusion.weighting=mean", "sampling.guidance=0.0")
+    teacher, _ = untrained("llamagen")
+    labels_B, _, ids_BL = RandomBatches(teacher).batch(torch.arange(B), 0)
+
+    class Sequences:
+        def sequences(self, indices_B):
+            return labels_B, ids_BL
+
+    with torch.no_grad():
+        p_BLV = teacher.logits(labels_B, ids_BL).double().softmax(-1)
+    model = new_ar_diffusion(as_backbone(teacher), config.ar_diffusion.head)
+    objective = ar_diffusion_objective(as_backbone(teacher), Sequences(), config.ar_diffusion, config.sampling)
+    torch.manual_seed(3)
+    values = objective(model, torch.arange(B), 0)
+    assert float(values["excess"].detach()) == pytest.approx(0, abs=1e-9)
+    if target == "ground_truth_score":
+        assert float(values["loss"].detach()) == pytest.approx(0, abs=1e-9)
+        return
+    torch.manual_seed(3)
+    codebook_VC = teacher.codebook_VC.double()
+    errors = []
+    for _ in range(config.ar_diffusion.draws):
+        q_BLC = teacher.codebook_VC[ids_BL]
+        t_BL = draw_times(q_BLC, config.ar_diffusion.times)
+        x_BLC = torch.lerp(torch.randn_like(q_BLC), q_BLC, t_BL[..., None]).double()
+        t_BL1 = t_BL.double()[..., None]
+        far_BLV = (x_BLC[:, :, None] - t_BL1[..., None] * codebook_VC).square().sum(-1)
+        posterior_BLV = (p_BLV.log() - far_BLV / (2 * (1 - t_BL1).square())).softmax(-1)
+        errors.append((posterior_BLV @ codebook_VC - q_BLC).square().sum(-1).mean())
+    assert float(values["loss"].detach()) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
