@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,13 +63,13 @@ def points(place: Path, config: Config) -> Points:
     return found + [(spent + passes.get("dd2_update", 0.0) * step, fid) for step, fid in curve(place, "dd2")]
 
 
-def curve(place: Path, name: str) -> list[tuple[int, float]]:
-    file = place / "reports/curves" / name / "plots/metrics/fid_1step.tsv"
+def curve(place: Path, name: str, key: str = "fid_1step") -> list[tuple[int, float]]:
+    file = place / "reports/curves" / name / f"plots/metrics/{key}.tsv"
     return list(zip(*read_curve(file), strict=True)) if file.exists() else []
 
 
-def run_way(given: dict[str, Path], place: Path, values: dict[str, Any], stages: Sequence[str]) -> None:
-    """The stages of one way, those that are not finished; raises SystemExit where one fails."""
+def run_way(given: dict[str, Path], place: Path, values: dict[str, Any], stages: Sequence[str]) -> dict[str, float]:
+    """The stages of one way, those that are not finished: CPU seconds of each; raises SystemExit where one fails."""
     for name, target in given.items():
         link = place / name
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -78,14 +79,16 @@ def run_way(given: dict[str, Path], place: Path, values: dict[str, Any], stages:
     if params.exists() and yaml.safe_load(params.read_text()) != values:
         raise SystemExit(f"{params} is of other parameters: remove {place}, or name another --work")
     write_params(values, params)
-    done: list[str] = json.loads(finished.read_text()) if finished.exists() else []
+    done: dict[str, float] = json.loads(finished.read_text()) if finished.exists() else {}
     for stage in stages:
         if stage in done:
             continue
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         if subprocess.run([sys.executable, "-m", f"ddops.stages.{stage}"], cwd=place, check=False).returncode:
             raise SystemExit(f"{stage} failed in {place}; run the same command again to go on")
-        done.append(stage)
+        done[stage] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before, 1)
         write_json(finished, done)
+    return done
 
 
 def steps_alone(short: Config, passes: float) -> int:
@@ -96,9 +99,15 @@ def steps_alone(short: Config, passes: float) -> int:
     return int((passes - spent["trajectories"]) / a_step) // 100 * 100
 
 
-def first_at(found: Points, fid: float) -> float | None:
-    """Passes until the curve is that low, if it ever is."""
-    return next((passes for passes, value in found if value <= fid), None)
+def stays_at(found: Points, fid: float) -> float | None:
+    """Passes from which on every point of the curve is that low, if there are any."""
+    return next((found[index][0] for index in range(len(found)) if all(v <= fid for _, v in found[index:])), None)
+
+
+def ends(place: Path, name: str) -> dict[str, float]:
+    """What else the curves of a stage say at its end."""
+    found = {key: curve(place, name, key) for key in ("fid_1step", "fid_2step", "recall")}
+    return {key: points[-1][1] for key, points in found.items() if points}
 
 
 def draw(ways: dict[str, Points], teacher_fid: float | None, path: Path) -> None:
@@ -135,13 +144,13 @@ def main() -> None:
     values = compose(arguments.params, choice)
     config = validate(values, "the short way")
     given = {name: arguments.workspace / name for name in GIVEN}
-    run_way(given, arguments.work, values, STAGES)
+    seconds = {"dd1_then_dd2": run_way(given, arguments.work, values, STAGES)}
     whole = points(arguments.workspace, full)[: len(curve(arguments.workspace, "dd1"))]
     short = points(arguments.work, config)
     steps, place = steps_alone(config, SHARE * whole[-1][0]), arguments.work / "alone"
     values = compose(arguments.params, [*choice, f"dd1.training.steps={steps}", f"dd1.evaluate_every={steps // 6}"])
     given |= {name: arguments.work / name for name in ("data/captions", "data/trajectories")}
-    run_way(given, place, values, ["distill_dd1"])
+    seconds["dd1_small_batches"] = run_way(given, place, values, ["distill_dd1"])
     alone = points(place, validate(values, "DD1 alone"))
     aim = whole[-1][1]
     places = {str(arguments.workspace): "WORKSPACE", str(arguments.work): "WORK"}
@@ -159,10 +168,16 @@ def main() -> None:
         "aim": aim,
         "passes": {
             "dd1": whole[-1][0],
-            "dd1_first_there": first_at(whole, aim),
-            "dd1_small_batches": first_at(alone, aim),
-            "dd1_then_dd2": first_at(short, aim),
+            "dd1_small_batches": stays_at(alone, aim),
+            "dd1_then_dd2": stays_at(short, aim),
         },
+        "ends": {
+            "dd1": ends(arguments.workspace, "dd1"),
+            "dd1_small_batches": ends(place, "dd1"),
+            "short_dd1": ends(arguments.work, "dd1"),
+            "dd1_then_dd2": ends(arguments.work, "dd2"),
+        },
+        "cpu_seconds": seconds,
     }
     write_json(arguments.output, result)
     ways = {"DD1, the preset's": whole, "DD1, small batches": alone, "a short DD1 of those, then DD2": short}
