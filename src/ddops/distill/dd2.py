@@ -3,7 +3,8 @@
 The generator turns noise into a whole sequence in one pass. At every position, the teacher's conditional score given
 the generated earlier tokens is known in closed form; the guidance network learns the score of what the generator makes
 there. Their difference says where to move each token. Where it vanishes at every position, the generated sequences
-are distributed as the teacher's. The conditions carry no gradient.
+are distributed as the teacher's, one token a level; of several, each one's conditional is the teacher's, and neither
+network sees how they depend on each other. The conditions carry no gradient.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Direction(NamedTuple):
     """Mean squared difference of the two posterior means at each position."""
     kl: Tensor | None
     """Nats a token by which the generator's conditionals, as the guidance network knows them, differ from the
-    teacher's: the divergence of the joint distributions over L. None for a network that models no codes."""
+    teacher's: with one token a level, the divergence of the joint distributions over L. None for a network that models
+    no codes."""
 
 
 class DD2Objectives:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -218,8 +219,11 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
 
 def check_finite(row: Mapping[str, float], description: str, step: int) -> None:
     """Raises TrainingDiverged where a value is NaN or infinite."""
-    if not all(torch.isfinite(torch.tensor(value)) for value in row.values()):
-        raise TrainingDiverged(f"{description}: not a number at step {step}: {row}. Lower the learning_rate.")
+    broken = [name for name, value in row.items() if not math.isfinite(value)]
+    if broken:
+        # What the guidance network breaks, the generator's loss is broken by.
+        key = "guidance.learning_rate" if any(name.startswith("guidance_") for name in broken) else "learning_rate"
+        raise TrainingDiverged(f"{description}: not a number at step {step}: {row}. Lower the {key}.")
 
 
 def _snapshot(
