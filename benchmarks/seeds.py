@@ -69,7 +69,8 @@ def main() -> None:
     parser.add_argument("--workspaces", type=Path, default=Path(".ddops/seeds"), help="where each seed's stages run")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "preset": arguments.preset, "runs": []}
+    command = " ".join("WORKSPACES" if word == str(arguments.workspaces) else word for word in sys.argv)
+    result: dict[str, Any] = {"command": command, "preset": arguments.preset, "runs": []}
     if arguments.output.exists():
         result["runs"] = json.loads(arguments.output.read_text())["runs"]
     result["date"] = datetime.now(UTC).date().isoformat()
