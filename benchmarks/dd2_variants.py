@@ -83,7 +83,7 @@ SHORT_DD1: Final = {
     )
     for size, rate in ((128, 3e-3), (64, 3e-3), (32, 1.5e-3), (16, 1.5e-3), (8, 1e-3))
 }
-"""Variants of DD1 alone, of as many samples in all; the rates are the better of two or three tried."""
+"""Variants of DD1 alone, of as many samples in all; the rates are the best of those tried."""
 VARIANTS |= SHORT_DD1
 AR_DIFFUSION: Final = (
     *("flow matching", "ground-truth score", "a small head"),

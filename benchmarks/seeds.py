@@ -12,16 +12,15 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
+from stage_runs import run_stages
 
-from ddops.config.load import compose, write_params
+from ddops.config.load import compose
 from ddops.files import write_json
 
 STAGES = (
@@ -32,18 +31,7 @@ STAGES = (
 
 def run_seed(workspace: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Metrics of one run of the pipeline in ``workspace``, and the seconds each stage took."""
-    workspace.mkdir(parents=True, exist_ok=True)
-    params, timings = workspace / "params.yaml", workspace / "seconds.json"
-    if params.exists() and yaml.safe_load(params.read_text()) != values:
-        raise SystemExit(f"{params} is of other parameters: remove {workspace}, or name other --workspaces")
-    write_params(values, params)
-    seconds: dict[str, float] = json.loads(timings.read_text()) if timings.exists() else {}
-    for stage in STAGES:
-        if stage not in seconds:
-            started = time.monotonic()
-            subprocess.run([sys.executable, "-m", f"ddops.stages.{stage}"], cwd=workspace, check=True)
-            seconds[stage] = round(time.monotonic() - started, 1)
-            write_json(timings, seconds)
+    seconds = run_stages(workspace, values, STAGES, time.monotonic)
     metrics = json.loads((workspace / "reports/metrics.json").read_text())
     return {"seed": values["seed"], "seconds": seconds, "metrics": metrics}
 

@@ -14,10 +14,8 @@ noise); passes are of the teacher over a whole sequence, trajectories included, 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -30,8 +28,9 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 from dd2_variants import training_passes
+from stage_runs import run_stages
 
-from ddops.config.load import compose, validate, write_params
+from ddops.config.load import compose, validate
 from ddops.config.stages import Config
 from ddops.evaluation.report import read_curve
 from ddops.files import atomic_path, write_json
@@ -75,20 +74,12 @@ def run_way(given: dict[str, Path], place: Path, values: dict[str, Any], stages:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to(target.resolve(), target_is_directory=True)
-    params, finished = place / "params.yaml", place / "finished.json"
-    if params.exists() and yaml.safe_load(params.read_text()) != values:
-        raise SystemExit(f"{params} is of other parameters: remove {place}, or name another --work")
-    write_params(values, params)
-    done: dict[str, float] = json.loads(finished.read_text()) if finished.exists() else {}
-    for stage in stages:
-        if stage in done:
-            continue
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        if subprocess.run([sys.executable, "-m", f"ddops.stages.{stage}"], cwd=place, check=False).returncode:
-            raise SystemExit(f"{stage} failed in {place}; run the same command again to go on")
-        done[stage] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before, 1)
-        write_json(finished, done)
-    return done
+    return run_stages(place, values, stages, cpu_seconds)
+
+
+def cpu_seconds() -> float:
+    """Of the processes that have ended."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
 
 
 def steps_alone(short: Config, passes: float) -> int:
