@@ -1,5 +1,7 @@
 """The alternating loop: who is updated when, and a killed run that goes on to the same bytes."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -30,6 +32,7 @@ GUIDANCE = GuidanceConfig(
     draws=1,
     batch_size=6,
     learning_rate=0.02,
+    ema_decay=0.6,
     **OPTIMISATION,
 )
 
@@ -63,14 +66,14 @@ def networks():
     return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)), nn.Linear(1, 1)
 
 
-def run(directory, objectives=None, processes=1, **options):
+def run(directory, objectives=None, processes=1, guidance_config=GUIDANCE, **options):
     generator, guidance = networks()
     state = train_alternating(
         generator,
         guidance,
         objectives or Pursuit(),
         config=training(processes),
-        guidance_config=GUIDANCE,
+        guidance_config=guidance_config,
         seed=7,
         dataset_size=13,
         checkpoint=CheckpointFile(directory / "state.pt", "this run"),
@@ -90,6 +93,34 @@ def test_alignment_comes_first_and_several_guidance_updates_before_each_of_the_g
     objectives = Pursuit()
     run(tmp_path, objectives)
     assert "".join(objectives.events) == "g" * ALIGNMENT + ("g" * UPDATES + "G") * STEPS
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.6])
+def test_the_generator_meets_the_average_of_the_guidance_networks_weights(tmp_path, decay):
+    """One that the guidance network's every update moves, those of the alignment too; without decay, the weights."""
+
+    class Recording(Pursuit):
+        def __init__(self):
+            super().__init__()
+            self.weights, self.met = [], []
+
+        def guidance(self, generator, guidance, count):
+            self.weights.append(guidance.weight.item())
+            return super().guidance(generator, guidance, count)
+
+        def generator(self, generator, guidance, indices_B, step):
+            self.met.append((len(self.weights), guidance.weight.item()))
+            return super().generator(generator, guidance, indices_B, step)
+
+    objectives = Recording()
+    run(tmp_path, objectives, guidance_config=dataclasses.replace(GUIDANCE, ema_decay=decay))
+    average, averages = objectives.weights[0], []
+    for weight in objectives.weights[1:]:
+        average = decay * average + (1 - decay) * weight
+        averages.append(average)
+    assert len(objectives.met) == STEPS
+    for updates, weight in objectives.met[:-1]:
+        assert weight == pytest.approx(averages[updates - 1], rel=1e-5)
 
 
 def test_curves_count_the_generators_steps(uninterrupted):

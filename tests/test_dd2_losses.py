@@ -9,10 +9,11 @@ from ddops.losses.dd2 import (
     csd_loss,
     denoising_error,
     diffuse,
+    divergence_weight,
     gradient_scale,
     straight_through_codes,
 )
-from ddops.models.ar_diffusion import codebook_mean, nearest_logits
+from ddops.models.ar_diffusion import codebook_mean, log_density_ratio, nearest_logits
 from ddops.models.quantization import nearest_code
 
 B, L, V, C = 3, 5, 7, 2
@@ -136,3 +137,45 @@ def test_the_likeliest_code_of_nearest_logits_is_the_nearest():
     assert torch.equal(
         nearest_logits(embeddings_BLC, codebook_VC).argmax(-1), nearest_code(embeddings_BLC, codebook_VC)
     )
+
+
+def f_divergence(p_N, q_N, step, divergence):
+    """Of two densities on a grid, by the midpoint rule; (the mean of the) reference for its gradient in q."""
+    middle_N = (p_N + q_N) / 2
+    if divergence == "reverse":
+        return (q_N * (q_N / p_N).log()).sum() * step
+    if divergence == "forward":
+        return (p_N * (p_N / q_N).log()).sum() * step
+    return 2 * (p_N * (p_N / middle_N).log() + q_N * (q_N / middle_N).log()).sum() * step
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "jensen_shannon", "forward"])
+def test_weighted_score_differences_descend_the_divergence_that_they_are_named_after(divergence):
+    """Moving a Gaussian q along itself by d changes D(p, q) by ``-d E_q[weight (s_p - s_q)]``: by quadrature against
+    the divergence's own derivative."""
+    x_N = torch.arange(-12, 12, 1e-3, dtype=torch.float64) + 5e-4
+    shift = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    p = torch.distributions.Normal(torch.tensor(0.0).double(), 0.7)
+    q = torch.distributions.Normal(shift, 0.9)
+    log_p_N, log_q_N = p.log_prob(x_N), q.log_prob(x_N)
+    divergence_value = f_divergence(log_p_N.exp(), log_q_N.exp(), 1e-3, divergence)
+    (expected,) = torch.autograd.grad(divergence_value, shift)
+    with torch.no_grad():
+        score_difference_N = -x_N / 0.7**2 + (x_N - shift) / 0.9**2
+        weight_N = divergence_weight((log_p_N - log_q_N)[None], divergence)[0]
+        found = -(log_q_N.exp() * weight_N * score_difference_N).sum() * 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_ratio_of_densities_is_that_of_two_mixtures_of_gaussians(codes):
+    codebook_VC, log_p_BLV, log_g_BLV, x_BLC, t_BL = codes
+
+    def log_density(log_BLV):
+        components = torch.distributions.Normal(t_BL[..., None, None] * codebook_VC, (1 - t_BL)[..., None, None])
+        return (log_BLV + components.log_prob(x_BLC[:, :, None]).sum(-1)).logsumexp(-1)
+
+    expected_BL = log_density(log_p_BLV) - log_density(log_g_BLV)
+    found_BL = log_density_ratio(x_BLC, t_BL, log_p_BLV, log_g_BLV, codebook_VC)
+    torch.testing.assert_close(found_BL, expected_BL, atol=1e-6, rtol=1e-6)
+    at_noise_BL = log_density_ratio(x_BLC, 0 * t_BL, log_p_BLV, log_g_BLV, codebook_VC)
+    torch.testing.assert_close(at_noise_BL, torch.zeros_like(t_BL), atol=1e-12, rtol=0)

@@ -85,7 +85,7 @@ class ToyStudent(Student):
         raise NotImplementedError("the toy starts from random weights")
 
 
-def settings(output, guidance, steps, updates, rate):
+def settings(output, guidance, divergence, steps, updates, rate):
     optimisation = {"betas": (0.0, 0.99), "weight_decay": 0.0, "gradient_clip": 1.0, "optimizer": "adamw"}
     return TrainedDD2Config(
         source="train",
@@ -98,12 +98,14 @@ def settings(output, guidance, steps, updates, rate):
             draws=1,
             batch_size=256,
             learning_rate=rate,
+            ema_decay=0.0,
             **optimisation,
         ),
         times=TimesConfig(min=0.0, max=0.95),
         draws=1,
         weighting="mean",
         normalization="none",
+        divergence=divergence,
         anchor_weight=0.0,
         refine_start=0.5,
         min_recall=0.0,
@@ -137,11 +139,16 @@ def total_variation(generator, output):
 
 
 @pytest.mark.parametrize(
-    ("output", "guidance", "updates", "rate", "bound"),
-    [("codes", "teacher", 3, 0.05, 0.1), ("embeddings", "ar_diffusion", 5, 0.01, 0.12)],
+    ("output", "guidance", "divergence", "updates", "rate", "bound"),
+    [
+        ("codes", "teacher", "reverse", 3, 0.05, 0.1),
+        ("codes", "teacher", "jensen_shannon", 3, 0.05, 0.12),
+        ("codes", "teacher", "forward", 3, 0.05, 0.1),
+        ("embeddings", "ar_diffusion", "reverse", 5, 0.01, 0.12),
+    ],
 )
 def test_a_few_hundred_steps_bring_the_joint_distribution_to_the_teachers(
-    tmp_path, output, guidance, updates, rate, bound
+    tmp_path, output, guidance, divergence, updates, rate, bound
 ):
     """From random weights, whose samples have little to do with the teacher's."""
     torch.manual_seed(0)
@@ -149,7 +156,7 @@ def test_a_few_hundred_steps_bring_the_joint_distribution_to_the_teachers(
     network = new_ar_diffusion(
         teacher, HeadConfig(width=32, blocks=2, predicts="embedding") if guidance == "ar_diffusion" else None
     )
-    config = settings(output, guidance, 400, updates, rate)
+    config = settings(output, guidance, divergence, 400, updates, rate)
     before = total_variation(generator, output)
     state = train_alternating(
         generator,

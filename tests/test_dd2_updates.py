@@ -7,9 +7,10 @@ import torch
 
 from ddops.distill.ar_diffusion import ar_diffusion_objective, draw_times
 from ddops.distill.dd2 import DD2Objectives
-from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
+from ddops.models.ar_diffusion import ARDiffusionGenerator, log_density_ratio, new_ar_diffusion
 from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from ddops.models.weights_dd2 import as_backbone, save_ar_diffusion
+from ddops.sampling.teacher import conditional_log_probs
 from ddops.stages import paths
 from ddops.stages.distill_dd2 import _generator, _guidance
 from ddops.training.loop import build_optimizers, update
@@ -24,6 +25,7 @@ RATE = 3e-3
 FALLS_TO = {
     ("teacher", "codes"): 0.95,
     ("teacher", "embedding"): 0.95,
+    ("guided_teacher", "codes"): 0.95,
     ("ar_diffusion", "codes"): 0.97,
     ("ar_diffusion", "embedding"): 0.5,
 }
@@ -46,6 +48,7 @@ class Pairing(NamedTuple):
 
 PAIRINGS = [
     Pairing("dd1", "codes", "teacher", "codes", 0.05),
+    Pairing("dd1", "codes", "guided_teacher", "codes", 0.05),
     Pairing("dd1", "codes", "ar_diffusion", "embedding", 0.05),
     Pairing("dd1", "embeddings", "ar_diffusion", "embedding", 0.05),
     Pairing("teacher", "codes", "teacher", "codes", 0.0),
@@ -159,7 +162,7 @@ def test_each_objective_trains_all_of_its_own_network_and_nothing_of_the_other(f
     monkeypatch.chdir(tmp_path)
     run = Run(family, pairing)
     assert isinstance(run.generator, ARDiffusionGenerator) == (pairing.start == "ar_diffusion")
-    assert (run.guidance.head is None) == (pairing.guidance == "teacher")
+    assert (run.guidance.head is None) == (pairing.guidance != "ar_diffusion")
     seen, losses = {"guidance": set(), "generator": set()}, [run.guidance_loss()]
     for name in ["guidance"] * GUIDANCE_UPDATES + ["generator", "guidance"] * ROUNDS:
         if name == "generator" and len(losses) == 1:
@@ -172,7 +175,7 @@ def test_each_objective_trains_all_of_its_own_network_and_nothing_of_the_other(f
         assert not reached(other)
         assert not moved(other, others)
         if name == "generator":
-            assert ("kl" in values) == (pairing.guidance == "teacher")
+            assert ("kl" in values) == (pairing.guidance != "ar_diffusion")
             assert ("anchor" in values) == (pairing.anchor > 0)
             assert values["csd_gradient_level0"] > 0
     assert 0 < losses[1] < FALLS_TO[pairing.guidance, pairing.head] * losses[0]
@@ -220,6 +223,53 @@ def test_the_teachers_score_is_of_the_distribution_that_it_is_sampled_from(guida
     expected = (q_BLV.exp() * (q_BLV - p_BLV)).sum(-1).mean()
     assert float(move.kl) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
     assert (move.direction_BLC.abs().max() > 1e-3) == bool(guidance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_guided_guidance_network_starts_where_the_generator_is_to_go(family):
+    """At the guided teacher, temperature included: no divergence, nothing to move, and its loss is the cross-entropy
+    of the guided distribution. The teacher's own classifier starts elsewhere."""
+    config = tiny(family, "sampling.guidance=2.0", "sampling.temperature=0.8", "dd2.guidance.start=guided_teacher")
+    teacher, student = untrained(family)
+    objectives = DD2Objectives(
+        as_backbone(teacher), RandomBatches(teacher), config.dd2, config.sampling, config.dd1.start_positions
+    )
+    network = _guidance(config.dd2, as_backbone(teacher))
+    batch = objectives.generate(student, B)
+    move = objectives.direction(batch, network)
+    assert float(move.kl) == pytest.approx(0, abs=1e-6)
+    assert move.direction_BLC.abs().max() < 1e-5
+    torch.manual_seed(0)
+    loss = objectives.guidance(student, network, B)["loss"]
+    torch.manual_seed(0)
+    labels_B, _, ids_BL = objectives.generate(student, B)
+    log_p_BLV = conditional_log_probs(teacher, labels_B, ids_BL, config.sampling).double()
+    assert float(loss.detach()) == pytest.approx(-float(log_p_BLV.gather(-1, ids_BL[..., None]).mean()), rel=1e-5)
+    objectives.config = tiny(family, "sampling.guidance=2.0", "dd2.guidance.start=teacher").dd2
+    assert float(objectives.direction(batch, network).kl) > 1e-3
+
+
+def test_the_divergence_weighs_each_token_by_the_ratio_of_its_densities():
+    """Of the noisy token that it moves."""
+    teacher, student = untrained("llamagen")
+    moves = {}
+    for divergence in ("reverse", "forward", "jensen_shannon"):
+        config = tiny("llamagen", "sampling.guidance=2.0", f"dd2.divergence={divergence}", "dd2.draws=1")
+        objectives = DD2Objectives(as_backbone(teacher), None, config.dd2, config.sampling, (0,))
+        torch.manual_seed(1)
+        batch = objectives.generate(student, B)
+        noise = torch.random.get_rng_state()
+        moves[divergence] = objectives.direction(batch, new_ar_diffusion(as_backbone(teacher), None)).direction_BLC
+    torch.random.set_rng_state(noise)
+    t_BL = draw_times(batch.q_BLC, config.dd2.times)
+    x_BLC = torch.lerp(torch.randn_like(batch.q_BLC), batch.q_BLC, t_BL[..., None]).detach()
+    with torch.no_grad():
+        log_p_BLV = conditional_log_probs(teacher, batch.labels_B, batch.ids_BL, config.sampling)
+        log_q_BLV = teacher.logits(batch.labels_B, batch.ids_BL).log_softmax(-1)
+    ratio_BL = log_density_ratio(x_BLC, t_BL, log_p_BLV, log_q_BLV, teacher.codebook_VC).exp()
+    assert 0.01 < ratio_BL.std() < 1
+    torch.testing.assert_close(moves["forward"], ratio_BL[..., None] * moves["reverse"])
+    torch.testing.assert_close(moves["jensen_shannon"], (2 * ratio_BL / (1 + ratio_BL))[..., None] * moves["reverse"])
 
 
 @pytest.mark.parametrize("target", ["ground_truth_score", "flow_matching"])

@@ -64,6 +64,7 @@ def test_a_bound_counts_from_when_it_was_first_met():
             ["dd2.output=embeddings", "dd2.guidance.start=ar_diffusion", "ar_diffusion.head.predicts=codes"],
             "dd2.output: embeddings lie between codes",
         ),
+        (["dd2.divergence=forward", "dd2.guidance.start=ar_diffusion"], "dd2.divergence forward needs the generator's"),
         (["dd2.times.min=0.99"], "dd2.times.min 0.99 must be less than max"),
         (["ar_diffusion=none", "dd2.guidance.start=ar_diffusion"], "ar_diffusion.source: none, but dd2 starts from"),
         (["ar_diffusion=none", "evaluate.rows=[dd2_1step,dd2_refine_1]"], "dd2_refine_1 needs DD2's generator and AR"),

@@ -66,15 +66,17 @@ ARDiffusionConfig = Annotated[TrainedARDiffusionConfig | NotTrainedConfig, Field
 class GuidanceConfig:
     """DD2's guidance network: what it is, and its side of the alternating updates."""
 
-    start: Literal["ar_diffusion", "teacher"]
+    start: Literal["ar_diffusion", "teacher", "guided_teacher"]
     """``ar_diffusion``: the paper's, with a conditional head. ``teacher``: the teacher with its classifier, whose
-    posterior mean is in closed form and which learns by cross-entropy; needs ``output: codes`` *(ours)*."""
+    posterior mean is in closed form and which learns by cross-entropy; needs ``output: codes`` *(ours)*.
+    ``guided_teacher``: the same, what guidance adds to the frozen teacher's logits added to its own, so that it starts
+    at the distribution to be distilled, for two more passes of the teacher a sample *(ours)*."""
     alignment_steps: NonNegativeInt
     """Updates before the generator's first."""
     updates: PositiveInt
     """Updates for each of the generator's."""
     draws: PositiveInt
-    """Noise draws a token in each update; without effect where nothing is drawn (``start: teacher``)."""
+    """Noise draws a token in each update; without effect where nothing is drawn (a teacher's ``start``)."""
     batch_size: PositiveInt
     optimizer: Literal["adamw", "muon"]
     """See :class:`~ddops.config.training.TrainingConfig`."""
@@ -82,6 +84,9 @@ class GuidanceConfig:
     betas: tuple[DecayRate, DecayRate]
     weight_decay: NonNegativeFloat
     gradient_clip: PositiveFloat
+    ema_decay: DecayRate
+    """Of the average of its weights that the generator's directions are taken from, an update; 0 takes the weights as
+    they are. The average wavers less than they do, and follows the generator a little later *(ours)*."""
 
 
 @config
@@ -100,6 +105,9 @@ class TrainedDD2Config:
     """Noise draws a token behind one direction."""
     weighting: Literal["mean", "velocity", "score"]
     normalization: Literal["distance", "direction", "none"]
+    divergence: Literal["reverse", "jensen_shannon", "forward"]
+    """``reverse``: the paper's. The others keep more of the teacher's variety *(ours)*; they need the densities that
+    ``guidance.start: teacher`` or ``guided_teacher`` has."""
     anchor_weight: NonNegativeFloat
     """Weight of DD1's cross-entropy on the trajectories beside the distillation loss *(ours)*; 0 is the paper's.
     Needs trained logits: of a generator that starts from DD1 or the teacher, or whose head predicts codes."""
@@ -114,14 +122,25 @@ class TrainedDD2Config:
     training: TrainingConfig
     """The generator's."""
 
+    @property
+    def guidance_models_codes(self) -> bool:
+        """Whether the guidance network is the teacher with its classifier."""
+        return self.guidance.start != "ar_diffusion"
+
     def logit_prefix(self, levels: int) -> int:
         """How many levels of a sample take the likeliest code; the others take the regressed embedding."""
         return levels if self.output == "codes" else 0
 
     def __post_init__(self) -> None:
-        if self.guidance.start == "teacher" and self.output != "codes":
+        if self.guidance_models_codes and self.output != "codes":
             raise ValueError(
-                "guidance.start teacher knows codes only: set output to codes, or start it from ar_diffusion"
+                f"guidance.start {self.guidance.start} knows codes only: set output to codes, or start it from "
+                "ar_diffusion"
+            )
+        if self.divergence != "reverse" and not self.guidance_models_codes:
+            raise ValueError(
+                f"divergence {self.divergence} needs the generator's densities: set guidance.start to teacher, or "
+                "divergence to reverse"
             )
         if self.guidance.batch_size % self.training.processes:
             raise ValueError(

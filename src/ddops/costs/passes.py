@@ -242,9 +242,9 @@ def dd2_steps(teacher: Teacher, generator: Student, config: Config) -> tuple[Ste
     batches: BatchSource = Shapes(teacher)
     objectives = DD2Objectives(teacher, batches, dd2, config.sampling, config.dd1.start_positions)
     indices_B = torch.arange(dd2.training.batch_size)
-    count = dd2.guidance.batch_size
+    count, averaged = dd2.guidance.batch_size, dd2.guidance.ema_decay > 0
     return (
-        _step(guidance, lambda: objectives.guidance(generator, guidance, count)["loss"], dd2.training, ema=False),
+        _step(guidance, lambda: objectives.guidance(generator, guidance, count)["loss"], dd2.training, ema=averaged),
         _step(
             generator,
             lambda: objectives.generator(generator, guidance, indices_B, 0)["loss"],

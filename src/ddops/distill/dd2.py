@@ -9,6 +9,7 @@ network sees how they depend on each other. The conditions carry no gradient.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -25,14 +26,15 @@ from ddops.losses.dd2 import (
     csd_loss,
     denoising_error,
     diffuse,
+    divergence_weight,
     gradient_scale,
     straight_through_codes,
 )
-from ddops.models.ar_diffusion import ARDiffusion, codebook_mean
+from ddops.models.ar_diffusion import ARDiffusion, codebook_mean, log_density_ratio
 from ddops.models.interface import Student, Teacher
 from ddops.models.quantization import nearest_code
 from ddops.sampling.few_step import renoise
-from ddops.sampling.teacher import conditional_log_probs
+from ddops.sampling.teacher import level_log_probs, teacher_forced
 from ddops.training.errors import Collapsed
 from ddops.trajectories.reader import BatchSource
 
@@ -94,7 +96,11 @@ class DD2Objectives:
             labels_B, q_BLC, ids_BL = self.generate(cast(Student, generator), count)
         hidden_BLD = guidance.hidden(labels_B, ids_BL)
         if guidance.head is None:
-            return {"loss": F.nll_loss(guidance.log_probs(hidden_BLD).flatten(0, 1), ids_BL.flatten())}
+            guided_BLV = None
+            if config.start == "guided_teacher":
+                guided_BLV = self.added_guidance(*teacher_forced(self.teacher, labels_B, ids_BL, self.sampling))
+            log_q_BLV = guidance.log_probs(hidden_BLD, guided_BLV)
+            return {"loss": F.nll_loss(log_q_BLV.flatten(0, 1), ids_BL.flatten())}
         errors = []
         for _ in range(config.draws):
             t_BL = draw_times(q_BLC, self.config.times)
@@ -140,9 +146,12 @@ class DD2Objectives:
     def direction(self, batch: Generated, guidance: ARDiffusion) -> Direction:
         """The difference of the two scores at every position, given the generated earlier tokens."""
         labels_B, q_BLC, ids_BL = batch
-        log_p_BLV = conditional_log_probs(self.teacher, labels_B, ids_BL, self.sampling)
-        hidden_BLD = guidance.hidden(labels_B, ids_BL)
-        log_q_BLV = None if guidance.head is not None else guidance.log_probs(hidden_BLD)
+        logits = teacher_forced(self.teacher, labels_B, ids_BL, self.sampling)
+        log_p_BLV = level_log_probs(self.teacher, *logits, self.sampling)
+        hidden_BLD, log_q_BLV = guidance.hidden(labels_B, ids_BL), None
+        if guidance.head is None:
+            guided_BLV = self.added_guidance(*logits) if self.config.guidance.start == "guided_teacher" else None
+            log_q_BLV = guidance.log_probs(hidden_BLD, guided_BLV)
         directions, teacher_means, gaps = [], [], []
         for _ in range(self.config.draws):
             t_BL = draw_times(q_BLC, self.config.times)
@@ -152,13 +161,22 @@ class DD2Objectives:
                 guidance_mean_BLC = guidance.mean(x_BLC, t_BL, hidden_BLD)
             else:
                 guidance_mean_BLC = codebook_mean(x_BLC, t_BL, log_q_BLV, self.codebook_VC)
-            directions.append(csd_direction(teacher_mean_BLC, guidance_mean_BLC, t_BL, self.config.weighting))
+            direction_BLC = csd_direction(teacher_mean_BLC, guidance_mean_BLC, t_BL, self.config.weighting)
+            if log_q_BLV is not None and self.config.divergence != "reverse":
+                log_ratio_BL = log_density_ratio(x_BLC, t_BL, log_p_BLV, log_q_BLV, self.codebook_VC)
+                direction_BLC = direction_BLC * divergence_weight(log_ratio_BL, self.config.divergence)[..., None]
+            directions.append(direction_BLC)
             teacher_means.append(teacher_mean_BLC)
             gaps.append((teacher_mean_BLC - guidance_mean_BLC).square().sum(-1).mean(0))
         direction_BLC = torch.stack(directions).mean(0)
         scale_B = gradient_scale(direction_BLC, q_BLC, torch.stack(teacher_means).mean(0), self.config.normalization)
         kl = None if log_q_BLV is None else token_divergence(log_q_BLV, log_p_BLV)
         return Direction(direction_BLC, scale_B, torch.stack(gaps).mean(0), kl)
+
+    def added_guidance(self, cond_BLV: Tensor, uncond_BLV: Tensor | None) -> Tensor:
+        """What guidance and temperature add to the teacher's logits, (B, L, V), before top-k and top-p."""
+        unfiltered = dataclasses.replace(self.sampling, top_k=0, top_p=1.0)
+        return level_log_probs(self.teacher, cond_BLV, uncond_BLV, unfiltered) - cond_BLV.float()
 
     def anchor(self, generator: Student, indices_B: Tensor, step: int) -> Tensor:
         """DD1's cross-entropy on the trajectories, from all of its start positions: scalar *(ours)*."""

@@ -18,8 +18,13 @@ from ddops.models.precision import full_precision
 Weighting = Literal["mean", "velocity", "score"]
 """What a difference of posterior means is turned into: nothing, that of the velocities, or that of the scores."""
 Normalization = Literal["distance", "direction", "none"]
+Divergence = Literal["reverse", "jensen_shannon", "forward"]
+"""Which divergence of the generated conditionals q from the teacher's p descends: ``reverse``, KL(q || p), is the
+paper's; ``forward`` is KL(p || q)."""
 
 SMALLEST: float = 1e-6
+LARGEST_WEIGHT: float = 5.0
+"""Of a token in the forward divergence: where p_t / q_t is larger the guidance network knows it badly."""
 
 
 def diffuse(q_BLC: Tensor, noise_BLC: Tensor, t_BL: Tensor) -> Tensor:
@@ -51,6 +56,20 @@ def csd_direction(teacher_mean_BLC: Tensor, guidance_mean_BLC: Tensor, t_BL: Ten
     what grows without bound as t approaches the data. It vanishes where the two conditionals agree.
     """
     return difference_factor(t_BL, weighting)[..., None] * (teacher_mean_BLC - guidance_mean_BLC)
+
+
+def divergence_weight(log_ratio_BL: Tensor, divergence: Divergence) -> Tensor:
+    """What a token's direction is multiplied by, (B, L), given ``log p_t(x_t) / q_t(x_t)``; one where the two agree.
+
+    The gradient of an f-divergence is that of the reverse one with each noisy token weighted by ``f''(r) r^2``, r the
+    ratio of the densities (Xu et al., arXiv 2502.15681): ``r`` for the forward divergence, which so listens most where
+    the teacher would rather be than the generator is, ``2 r / (1 + r)`` for (four times) Jensen and Shannon's.
+    """
+    if divergence == "reverse":
+        return torch.ones_like(log_ratio_BL)
+    if divergence == "forward":
+        return log_ratio_BL.exp().clamp_max(LARGEST_WEIGHT)
+    return 2 * log_ratio_BL.sigmoid()
 
 
 def csd_loss(q_BLC: Tensor, direction_BLC: Tensor, scale_B: Tensor) -> Tensor:

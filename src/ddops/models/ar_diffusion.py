@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import HeadConfig
-from ddops.flow.codebook import posterior_mean
+from ddops.flow.codebook import posterior_logits, posterior_mean
 from ddops.models.conditions import Condition
 from ddops.models.interface import BackboneTeacher, Student, StudentOutput, Teacher
 from ddops.models.precision import full_precision
@@ -101,11 +101,13 @@ class ARDiffusion(nn.Module):
         """Hidden states (B, L, D) from the clean tokens of earlier levels."""
         return self.backbone.hidden(labels_B, self.backbone.embed_prefix(ids_BL))
 
-    def log_probs(self, hidden_BLD: Tensor) -> Tensor:
-        """Log-probabilities (B, L, V) of a model without a head; raises TypeError for one with."""
+    def log_probs(self, hidden_BLD: Tensor, added_BLV: Tensor | None = None) -> Tensor:
+        """Log-probabilities (B, L, V) of a model without a head, ``added_BLV`` added to its logits; raises TypeError
+        for one with a head."""
         if self.head is not None:
             raise TypeError("this AR-diffusion model has a conditional head in place of the classifier")
-        return self.backbone.classify(hidden_BLD).log_softmax(-1)
+        logits_BLV = self.backbone.classify(hidden_BLD)
+        return (logits_BLV if added_BLV is None else logits_BLV + added_BLV).log_softmax(-1)
 
     def mean(self, x_BLC: Tensor, t_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         """Posterior means (B, L, C) of noisy tokens, each at its own time in [0, 1)."""
@@ -125,6 +127,17 @@ def codebook_mean(x_BLC: Tensor, t_BL: Tensor, log_p_BLV: Tensor, codebook_VC: T
     """The closed form of :func:`ddops.flow.codebook.posterior_mean` for sequences, (B, L, C)."""
     mean_NC = posterior_mean(x_BLC.flatten(0, 1), t_BL.flatten(), log_p_BLV.flatten(0, 1), codebook_VC)
     return mean_NC.view(x_BLC.shape)
+
+
+@full_precision
+def log_density_ratio(x_BLC: Tensor, t_BL: Tensor, log_p_BLV: Tensor, log_q_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """``log p_t(x_t) / q_t(x_t)`` of two distributions over the codebook, (B, L); at t = 0 zero, as all is noise."""
+    x_NC, t_N = x_BLC.flatten(0, 1), t_BL.flatten()
+    log_p_N, log_q_N = (
+        posterior_logits(x_NC, t_N, log_BLV.flatten(0, 1), codebook_VC).logsumexp(-1)
+        for log_BLV in (log_p_BLV, log_q_BLV)
+    )
+    return (log_p_N - log_q_N).view(t_BL.shape)
 
 
 def new_ar_diffusion(teacher: BackboneTeacher, config: HeadConfig | None) -> ARDiffusion:

@@ -58,12 +58,15 @@ class Networks:
     generator: nn.Module
     guidance: nn.Module
     ema: nn.Module
+    """Of the generator."""
+    guidance_ema: nn.Module | None
     generator_optimizers: list[torch.optim.Optimizer]
     guidance_optimizers: list[torch.optim.Optimizer]
 
     def parts(self) -> list[Any]:
         """Whatever has a state."""
-        return [self.generator, self.guidance, self.ema, *self.generator_optimizers, *self.guidance_optimizers]
+        averages = [self.ema] if self.guidance_ema is None else [self.ema, self.guidance_ema]
+        return [self.generator, self.guidance, *averages, *self.generator_optimizers, *self.guidance_optimizers]
 
     def state(self) -> list[Any]:
         return [part.state_dict() for part in self.parts()]
@@ -101,6 +104,7 @@ def train_alternating(
         generator,
         guidance,
         frozen_copy(generator),
+        frozen_copy(guidance) if guidance_config.ema_decay else None,
         build_optimizers(generator, config),
         build_optimizers(guidance, guidance_config),
     )
@@ -115,6 +119,8 @@ def train_alternating(
     if config.compile_blocks:
         compile_blocks(generator)
         compile_blocks(guidance)
+        if networks.guidance_ema is not None:
+            compile_blocks(networks.guidance_ema)
     with replicas(config.processes, work=first_step < config.steps) as group:
         curves = Curves(curves_dir, state["history"] if state else None) if group.is_first else None
         bar = progress_bar(description, alignment + first_step, alignment + config.steps, shown=group.is_first)
@@ -164,14 +170,17 @@ def _update_guidance(
         config.gradient_clip,
         group,
     )
+    if networks.guidance_ema is not None:
+        update_ema(networks.guidance_ema, networks.guidance, config.ema_decay)
     return {f"guidance_{name}": value for name, value in {**values, "gradient_norm": norm}.items()}
 
 
 def _update_generator(
     networks: Networks, objectives: Objectives, share: Tensor, config: TrainingConfig, step: int, group: Replicas
 ) -> dict[str, Tensor]:
+    guidance = networks.guidance if networks.guidance_ema is None else networks.guidance_ema
     with autocast(networks.generator, config.precision):
-        values = objectives.generator(networks.generator, networks.guidance, share, step)
+        values = objectives.generator(networks.generator, guidance, share, step)
     norm = update(
         networks.generator,
         networks.generator_optimizers,
