@@ -66,17 +66,15 @@ ARDiffusionConfig = Annotated[TrainedARDiffusionConfig | NotTrainedConfig, Field
 class GuidanceConfig:
     """DD2's guidance network: what it is, and its side of the alternating updates."""
 
-    start: Literal["ar_diffusion", "teacher", "guided_teacher"]
+    start: Literal["ar_diffusion", "teacher"]
     """``ar_diffusion``: the paper's, with a conditional head. ``teacher``: the teacher with its classifier, whose
-    posterior mean is in closed form and which learns by cross-entropy; needs ``output: codes`` *(ours)*.
-    ``guided_teacher``: the same, what guidance adds to the frozen teacher's logits added to its own, so that it starts
-    at the distribution to be distilled, for two more passes of the teacher a sample *(ours)*."""
+    posterior mean is in closed form and which learns by cross-entropy; needs ``output: codes`` *(ours)*."""
     alignment_steps: NonNegativeInt
     """Updates before the generator's first."""
     updates: PositiveInt
     """Updates for each of the generator's."""
     draws: PositiveInt
-    """Noise draws a token in each update; without effect where nothing is drawn (a teacher's ``start``)."""
+    """Noise draws a token in each update; without effect where nothing is drawn (``start: teacher``)."""
     batch_size: PositiveInt
     optimizer: Literal["adamw", "muon"]
     """See :class:`~ddops.config.training.TrainingConfig`."""
@@ -107,7 +105,7 @@ class TrainedDD2Config:
     normalization: Literal["distance", "direction", "none"]
     divergence: Literal["reverse", "jensen_shannon", "forward"]
     """``reverse``: the paper's. The others keep more of the teacher's variety *(ours)*; they need the densities that
-    ``guidance.start: teacher`` or ``guided_teacher`` has."""
+    ``guidance.start: teacher`` has."""
     anchor_weight: NonNegativeFloat
     """Weight of DD1's cross-entropy on the trajectories beside the distillation loss *(ours)*; 0 is the paper's.
     Needs trained logits: of a generator that starts from DD1 or the teacher, or whose head predicts codes."""
@@ -122,22 +120,16 @@ class TrainedDD2Config:
     training: TrainingConfig
     """The generator's."""
 
-    @property
-    def guidance_models_codes(self) -> bool:
-        """Whether the guidance network is the teacher with its classifier."""
-        return self.guidance.start != "ar_diffusion"
-
     def logit_prefix(self, levels: int) -> int:
         """How many levels of a sample take the likeliest code; the others take the regressed embedding."""
         return levels if self.output == "codes" else 0
 
     def __post_init__(self) -> None:
-        if self.guidance_models_codes and self.output != "codes":
+        if self.guidance.start == "teacher" and self.output != "codes":
             raise ValueError(
-                f"guidance.start {self.guidance.start} knows codes only: set output to codes, or start it from "
-                "ar_diffusion"
+                "guidance.start teacher knows codes only: set output to codes, or start it from ar_diffusion"
             )
-        if self.divergence != "reverse" and not self.guidance_models_codes:
+        if self.divergence != "reverse" and self.guidance.start != "teacher":
             raise ValueError(
                 f"divergence {self.divergence} needs the generator's densities: set guidance.start to teacher, or "
                 "divergence to reverse"

@@ -9,7 +9,6 @@ network sees how they depend on each other. The conditions carry no gradient.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -34,7 +33,7 @@ from ddops.models.ar_diffusion import ARDiffusion, codebook_mean, log_density_ra
 from ddops.models.interface import Student, Teacher
 from ddops.models.quantization import nearest_code
 from ddops.sampling.few_step import renoise
-from ddops.sampling.teacher import level_log_probs, teacher_forced
+from ddops.sampling.teacher import conditional_log_probs
 from ddops.training.errors import Collapsed
 from ddops.trajectories.reader import BatchSource
 
@@ -96,11 +95,7 @@ class DD2Objectives:
             labels_B, q_BLC, ids_BL = self.generate(cast(Student, generator), count)
         hidden_BLD = guidance.hidden(labels_B, ids_BL)
         if guidance.head is None:
-            guided_BLV = None
-            if config.start == "guided_teacher":
-                guided_BLV = self.added_guidance(*teacher_forced(self.teacher, labels_B, ids_BL, self.sampling))
-            log_q_BLV = guidance.log_probs(hidden_BLD, guided_BLV)
-            return {"loss": F.nll_loss(log_q_BLV.flatten(0, 1), ids_BL.flatten())}
+            return {"loss": F.nll_loss(guidance.log_probs(hidden_BLD).flatten(0, 1), ids_BL.flatten())}
         errors = []
         for _ in range(config.draws):
             t_BL = draw_times(q_BLC, self.config.times)
@@ -146,12 +141,9 @@ class DD2Objectives:
     def direction(self, batch: Generated, guidance: ARDiffusion) -> Direction:
         """The difference of the two scores at every position, given the generated earlier tokens."""
         labels_B, q_BLC, ids_BL = batch
-        logits = teacher_forced(self.teacher, labels_B, ids_BL, self.sampling)
-        log_p_BLV = level_log_probs(self.teacher, *logits, self.sampling)
-        hidden_BLD, log_q_BLV = guidance.hidden(labels_B, ids_BL), None
-        if guidance.head is None:
-            guided_BLV = self.added_guidance(*logits) if self.config.guidance.start == "guided_teacher" else None
-            log_q_BLV = guidance.log_probs(hidden_BLD, guided_BLV)
+        log_p_BLV = conditional_log_probs(self.teacher, labels_B, ids_BL, self.sampling)
+        hidden_BLD = guidance.hidden(labels_B, ids_BL)
+        log_q_BLV = None if guidance.head is not None else guidance.log_probs(hidden_BLD)
         directions, teacher_means, gaps = [], [], []
         for _ in range(self.config.draws):
             t_BL = draw_times(q_BLC, self.config.times)
@@ -172,11 +164,6 @@ class DD2Objectives:
         scale_B = gradient_scale(direction_BLC, q_BLC, torch.stack(teacher_means).mean(0), self.config.normalization)
         kl = None if log_q_BLV is None else token_divergence(log_q_BLV, log_p_BLV)
         return Direction(direction_BLC, scale_B, torch.stack(gaps).mean(0), kl)
-
-    def added_guidance(self, cond_BLV: Tensor, uncond_BLV: Tensor | None) -> Tensor:
-        """What guidance and temperature add to the teacher's logits, (B, L, V), before top-k and top-p."""
-        unfiltered = dataclasses.replace(self.sampling, top_k=0, top_p=1.0)
-        return level_log_probs(self.teacher, cond_BLV, uncond_BLV, unfiltered) - cond_BLV.float()
 
     def anchor(self, generator: Student, indices_B: Tensor, step: int) -> Tensor:
         """DD1's cross-entropy on the trajectories, from all of its start positions: scalar *(ours)*."""

@@ -101,13 +101,11 @@ class ARDiffusion(nn.Module):
         """Hidden states (B, L, D) from the clean tokens of earlier levels."""
         return self.backbone.hidden(labels_B, self.backbone.embed_prefix(ids_BL))
 
-    def log_probs(self, hidden_BLD: Tensor, added_BLV: Tensor | None = None) -> Tensor:
-        """Log-probabilities (B, L, V) of a model without a head, ``added_BLV`` added to its logits; raises TypeError
-        for one with a head."""
+    def log_probs(self, hidden_BLD: Tensor) -> Tensor:
+        """Log-probabilities (B, L, V) of a model without a head; raises TypeError for one with."""
         if self.head is not None:
             raise TypeError("this AR-diffusion model has a conditional head in place of the classifier")
-        logits_BLV = self.backbone.classify(hidden_BLD)
-        return (logits_BLV if added_BLV is None else logits_BLV + added_BLV).log_softmax(-1)
+        return self.backbone.classify(hidden_BLD).log_softmax(-1)
 
     def mean(self, x_BLC: Tensor, t_BL: Tensor, hidden_BLD: Tensor) -> Tensor:
         """Posterior means (B, L, C) of noisy tokens, each at its own time in [0, 1)."""

@@ -41,33 +41,17 @@ def conditional_log_probs(teacher: Teacher, labels_B: Tensor, ids_BL: Tensor, sa
 
     What :meth:`TeacherSession.next_log_probs` gives level after level, in one pass.
     """
-    return level_log_probs(teacher, *teacher_forced(teacher, labels_B, ids_BL, sampling), sampling)
-
-
-@torch.no_grad()
-def teacher_forced(
-    teacher: Teacher, labels_B: Tensor, ids_BL: Tensor, sampling: SamplingConfig
-) -> tuple[Tensor, Tensor | None]:
-    """Logits (B, L, V) of every token given the earlier levels of ``ids_BL``; and those of no condition, where any
-    level is guided."""
-    if all(scale == 1 for scale in _scales(teacher, sampling)):
-        return teacher.logits(labels_B, ids_BL), None
-    return teacher.logits(labels_B, ids_BL), teacher.logits(teacher.unconditional(labels_B), ids_BL)
-
-
-def level_log_probs(teacher: Teacher, cond_BLV: Tensor, uncond_BLV: Tensor | None, sampling: SamplingConfig) -> Tensor:
-    """Log-probabilities (B, L, V) as sampling applies them, each level at its own guidance."""
-    layout, scales = teacher.layout, _scales(teacher, sampling)
+    layout = teacher.layout
+    scales = [teacher.guidance_scale(sampling.guidance, level) for level in range(layout.num_levels)]
+    cond_BLV, uncond_BLV = teacher.logits(labels_B, ids_BL), None
+    if any(scale != 1 for scale in scales):
+        uncond_BLV = teacher.logits(teacher.unconditional(labels_B), ids_BL)
     parts, offset = [], 0
     for scale, group in groupby(zip(scales, layout.sizes, strict=True), key=itemgetter(0)):
         here = slice(offset, offset := offset + sum(size for _, size in group))
         uncond_BlV = None if uncond_BLV is None else uncond_BLV[:, here]
         parts.append(guided_log_probs(cond_BLV[:, here], uncond_BlV, scale, sampling))
     return torch.cat(parts, dim=1)
-
-
-def _scales(teacher: Teacher, sampling: SamplingConfig) -> list[float]:
-    return [teacher.guidance_scale(sampling.guidance, level) for level in range(teacher.layout.num_levels)]
 
 
 def categorical_picker(layout: LevelLayout, uniforms_BL: Tensor) -> Picker:

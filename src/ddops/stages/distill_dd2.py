@@ -87,7 +87,7 @@ def _generator(config: TrainedDD2Config, teacher: BackboneTeacher) -> Student:
 
 
 def _guidance(config: TrainedDD2Config, teacher: BackboneTeacher) -> ARDiffusion:
-    if config.guidance_models_codes:
+    if config.guidance.start == "teacher":
         return new_ar_diffusion(teacher, None)
     return load_ar_diffusion(paths.TOKENIZER, paths.AR_DIFFUSION)
 
