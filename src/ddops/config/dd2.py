@@ -104,8 +104,8 @@ class TrainedDD2Config:
     weighting: Literal["mean", "velocity", "score"]
     normalization: Literal["distance", "direction", "none"]
     divergence: Literal["reverse", "jensen_shannon", "forward"]
-    """``reverse``: the paper's. The others keep more of the teacher's variety *(ours)*; they need the densities that
-    ``guidance.start: teacher`` has."""
+    """Of the generated conditionals q from the teacher's p. ``reverse``, KL(q || p): the paper's. The others keep more
+    of the teacher's variety *(ours)*; they need the densities that ``guidance.start: teacher`` has."""
     anchor_weight: NonNegativeFloat
     """Weight of DD1's cross-entropy on the trajectories beside the distillation loss *(ours)*; 0 is the paper's.
     Needs trained logits: of a generator that starts from DD1 or the teacher, or whose head predicts codes."""
