@@ -4,6 +4,8 @@ and with the paper's settings they write a generator that is sampled as it was t
 import contextlib
 import logging
 import shutil
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -25,6 +27,7 @@ from ddops.stages.common import sections
 from ddops.stages.distill_dd2 import distill_dd2
 from ddops.stages.sample import sample
 from ddops.stages.trajectories import trajectories
+from test_launch import environment
 from tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained
 
 STAGES = {"ar_diffusion": ar_diffusion, "distill_dd2": distill_dd2, "sample": sample, "trajectories": trajectories}
@@ -49,6 +52,11 @@ RUNS = {
         "var",
         *("ar_diffusion.head.predicts=codes", "dd2.start=teacher", "dd2.output=codes"),
         *("dd2.guidance.start=ar_diffusion", "dd2.anchor_weight=0.05"),
+    ),
+    "from DD1": (
+        "llamagen",
+        *("ar_diffusion.head.predicts=codes", "dd2.start=dd1", "dd2.output=codes", "dd2.guidance.start=teacher"),
+        *("dd2.guidance.ema_decay=0.8", "dd2.divergence=forward", "dd2.anchor_weight=0.05"),
     ),
 }
 """A family and its settings."""
@@ -112,6 +120,10 @@ KILLS = {
     "ar_diffusion": ("the paper's", "ar_diffusion", ".pt", 2, "ar-diffusion: resuming at step 3 of 8"),
     "distill_dd2, aligning": ("the paper's", "distill_dd2", ".pt", 2, "dd2 generator: resuming at step -6 of 8"),
     "distill_dd2, alternating": ("from the teacher", "distill_dd2", ".pt", 5, "dd2 generator: resuming at step 3 of 8"),
+    "distill_dd2, with an average of the guidance network": (
+        *("from DD1", "distill_dd2", ".pt", 5),
+        "dd2 generator: resuming at step 3 of 8",
+    ),
     "distill_dd2, trained": (
         *("the paper's", "distill_dd2", "generator.safetensors", 1),
         "dd2 generator: resuming at step 8 of 8",
@@ -138,6 +150,27 @@ def test_a_dd2_stage_killed_with_sigkill_ends_with_the_same_bytes(kill, before, 
     assert contents(killed / "artifacts") == contents(whole / "artifacts")
     assert contents(killed / "reports") == contents(whole / "reports")
     assert not contents(killed / paths.STATE)
+
+
+def test_torchrun_trains_dd2_to_the_bytes_that_forking_does(before, tmp_path):
+    """Both networks, their averages and the curves, of two processes that share every batch."""
+    made = {}
+    for launcher in ("fork", "torchrun"):
+        workspace = shutil.copytree(before("from DD1", "distill_dd2"), tmp_path / launcher)
+        family, *overrides = RUNS["from DD1"]
+        processes = ["ar_diffusion.training.processes=2", "dd2.training.processes=2"]
+        values = compose(PARAMS, [*FAMILIES[family], *TINY, *overrides, *processes])
+        write_params(values, workspace / paths.PARAMS)
+        result = subprocess.run(
+            [sys.executable, "-m", "ddops.stages.distill_dd2"],
+            cwd=workspace,
+            env=environment(DDOPS_LAUNCHER=launcher),
+            check=False,
+        )
+        assert result.returncode == 0
+        made[launcher] = contents(workspace / "artifacts" / "dd2") | contents(workspace / "reports")
+    assert any(name.endswith("generator.safetensors") for name in made["fork"])
+    assert made["torchrun"] == made["fork"]
 
 
 @pytest.mark.parametrize("settings", RUNS)
