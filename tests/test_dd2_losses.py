@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ddops.distill.dd2 import log_density_ratio
 from ddops.losses.dd2 import (
     csd_direction,
     csd_loss,
@@ -13,7 +14,7 @@ from ddops.losses.dd2 import (
     gradient_scale,
     straight_through_codes,
 )
-from ddops.models.ar_diffusion import codebook_mean, log_density_ratio, nearest_logits
+from ddops.models.ar_diffusion import codebook_mean, nearest_logits
 from ddops.models.quantization import nearest_code
 
 B, L, V, C = 3, 5, 7, 2

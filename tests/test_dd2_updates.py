@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ddops.distill.ar_diffusion import ar_diffusion_objective, draw_times
-from ddops.distill.dd2 import DD2Objectives
-from ddops.models.ar_diffusion import ARDiffusionGenerator, log_density_ratio, new_ar_diffusion
+from ddops.distill.dd2 import DD2Objectives, log_density_ratio
+from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from ddops.models.weights_dd2 import as_backbone, save_ar_diffusion
 from ddops.sampling.teacher import conditional_log_probs

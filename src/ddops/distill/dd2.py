@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ddops.config.dd2 import TrainedDD2Config
 from ddops.config.models import SamplingConfig
 from ddops.distill.ar_diffusion import draw_times
+from ddops.flow.codebook import posterior_logits
 from ddops.losses.dd1 import cross_entropy
 from ddops.losses.dd2 import (
     csd_direction,
@@ -29,8 +30,9 @@ from ddops.losses.dd2 import (
     gradient_scale,
     straight_through_codes,
 )
-from ddops.models.ar_diffusion import ARDiffusion, codebook_mean, log_density_ratio
+from ddops.models.ar_diffusion import ARDiffusion, codebook_mean
 from ddops.models.interface import Student, Teacher
+from ddops.models.precision import full_precision
 from ddops.models.quantization import nearest_code
 from ddops.sampling.few_step import renoise
 from ddops.sampling.teacher import conditional_log_probs
@@ -179,6 +181,17 @@ class DD2Objectives:
         count = min(CURVE_LEVELS, layout.num_levels)
         levels = {round(index * (layout.num_levels - 1) / max(1, count - 1)) for index in range(count)}
         return {f"{name}_level{level}": values_L[layout.positions(level)].mean() for level in sorted(levels)}
+
+
+@full_precision
+def log_density_ratio(x_BLC: Tensor, t_BL: Tensor, log_p_BLV: Tensor, log_q_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """``log p_t(x_t) / q_t(x_t)`` of two distributions over the codebook, (B, L); at t = 0 zero, as all is noise."""
+    x_NC, t_N = x_BLC.flatten(0, 1), t_BL.flatten()
+    log_p_N, log_q_N = (
+        posterior_logits(x_NC, t_N, log_BLV.flatten(0, 1), codebook_VC).logsumexp(-1)
+        for log_BLV in (log_p_BLV, log_q_BLV)
+    )
+    return (log_p_N - log_q_N).view(t_BL.shape)
 
 
 def token_divergence(log_q_BLV: Tensor, log_p_BLV: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddops.config.models import HeadConfig
-from ddops.flow.codebook import posterior_logits, posterior_mean
+from ddops.flow.codebook import posterior_mean
 from ddops.models.conditions import Condition
 from ddops.models.interface import BackboneTeacher, Student, StudentOutput, Teacher
 from ddops.models.precision import full_precision
@@ -125,17 +125,6 @@ def codebook_mean(x_BLC: Tensor, t_BL: Tensor, log_p_BLV: Tensor, codebook_VC: T
     """The closed form of :func:`ddops.flow.codebook.posterior_mean` for sequences, (B, L, C)."""
     mean_NC = posterior_mean(x_BLC.flatten(0, 1), t_BL.flatten(), log_p_BLV.flatten(0, 1), codebook_VC)
     return mean_NC.view(x_BLC.shape)
-
-
-@full_precision
-def log_density_ratio(x_BLC: Tensor, t_BL: Tensor, log_p_BLV: Tensor, log_q_BLV: Tensor, codebook_VC: Tensor) -> Tensor:
-    """``log p_t(x_t) / q_t(x_t)`` of two distributions over the codebook, (B, L); at t = 0 zero, as all is noise."""
-    x_NC, t_N = x_BLC.flatten(0, 1), t_BL.flatten()
-    log_p_N, log_q_N = (
-        posterior_logits(x_NC, t_N, log_BLV.flatten(0, 1), codebook_VC).logsumexp(-1)
-        for log_BLV in (log_p_BLV, log_q_BLV)
-    )
-    return (log_p_N - log_q_N).view(t_BL.shape)
 
 
 def new_ar_diffusion(teacher: BackboneTeacher, config: HeadConfig | None) -> ARDiffusion:
