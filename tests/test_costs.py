@@ -15,6 +15,7 @@ from ddops.distill.dd1 import dd1_objective
 from ddops.export.lean import join_doublings
 from ddops.losses.perceptual import classifier_distance
 from ddops.models.classifier import DigitsClassifier
+from ddops.models.registry import build_teacher
 from ddops.training.loop import frozen_copy
 from tiny import PARAMS, tiny, untrained
 
@@ -167,6 +168,21 @@ def test_every_long_stage_of_a_trained_preset_is_predicted(family):
     for cost in costs.values():
         assert cost.seconds > cost.flops / DEVICES["cpu2"].flops > 0
         assert cost.memory > 0
+
+
+def test_an_average_of_the_guidance_network_takes_a_copy_of_its_weights():
+    def state(decay):
+        config = tiny("llamagen", f"dd2.guidance.ema_decay={decay}")
+        with shapes_only():
+            teacher, student = passes.teacher_and_student(config.teacher.model)
+            guidance, generator = passes.dd2_steps(teacher, student, config)
+        return guidance.state, generator.state
+
+    transformer = build_teacher(tiny("llamagen").teacher.model).get_submodule("transformer")
+    copy = 4 * sum(weight.numel() for weight in transformer.parameters())
+    (averaged, with_one), (plain, without) = state(0.8), state(0.0)
+    assert averaged - plain == copy
+    assert with_one == without
 
 
 def test_twice_the_steps_take_twice_the_time_and_a_larger_batch_more_memory():
