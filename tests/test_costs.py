@@ -185,6 +185,12 @@ def test_an_average_of_the_guidance_network_takes_a_copy_of_its_weights():
     assert with_one == without
 
 
+def test_the_same_preset_is_predicted_the_same():
+    """A storage that DD2 lets go on the way may leave its address to another: each counts once all the same."""
+    memories = {predict(tiny("llamagen"), DEVICES["h200"])["distill_dd2"].memory for _ in range(4)}
+    assert len(memories) == 1
+
+
 def test_twice_the_steps_take_twice_the_time_and_a_larger_batch_more_memory():
     stage = "distill_dd1"
     plain, longer, wider = (

@@ -121,13 +121,14 @@ def without_values(build: Callable[[], Module]) -> Module:
 
 def kept_bytes(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """What ``run`` returns, and the bytes that its graph keeps for the backward pass, each storage once."""
-    kept: dict[int, int] = {}
+    # Storages, not their sizes: the address of one that is let go may be given to another.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
+        kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         value = run()
-    return value, float(sum(kept.values()))
+    return value, float(sum(storage.nbytes() for storage in kept.values()))
