@@ -115,7 +115,8 @@ BACKWARD: Final = 2.0
 def training_passes(config: Config) -> dict[str, float]:
     """Sequences' passes through a transformer of the teacher's size, of each stage for its whole training; a guided
     teacher counts twice, heads and tokenizer do not count."""
-    guided = 2.0 if config.sampling.guidance else 1.0
+    plain = 1.0 if config.teacher.model.family == "llamagen" else 0.0
+    guided = 2.0 if config.sampling.guidance > plain else 1.0
     passes = {"trajectories": guided * config.trajectories.count}
     if isinstance(dd1 := config.dd1, TrainedDD1Config):
         passes["distill_dd1"] = dd1.training.steps * dd1.training.batch_size * (1 + BACKWARD)
