@@ -217,14 +217,16 @@ class Contest:
     @cached_property
     def teacher(self) -> Teacher:
         torch.manual_seed(0)
-        return with_weights(build_teacher(self.config.teacher.model)).to(self.device)  # type: ignore[return-value]
+        with torch.device(self.device):
+            return with_weights(build_teacher(self.config.teacher.model))  # type: ignore[return-value]
 
     @cached_property
     def student(self) -> Student:
         model = self.config.teacher.model
         torch.manual_seed(1)
-        student = ReleasedVARStudent(model) if model.family == "var" else build_student(model)
-        return with_weights(student).to(self.device)  # type: ignore[return-value]
+        with torch.device(self.device):
+            student = ReleasedVARStudent(model) if model.family == "var" else build_student(model)
+            return with_weights(student)  # type: ignore[return-value]
 
     @cached_property
     def _half_student(self) -> Student:

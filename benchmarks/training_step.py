@@ -21,6 +21,7 @@ import torch
 from cases import has_bfloat16, run_cases
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from untrained import random_lpips
 
 from ddops.config.evaluation import DigitsFeaturesConfig
 from ddops.config.load import compose, validate
@@ -29,12 +30,11 @@ from ddops.costs.ledger import Ledger
 from ddops.distill.dd1 import dd1_objective, perceptual_term
 from ddops.distill.dd2 import DD2Objectives
 from ddops.evaluation.judge import new_classifier
-from ddops.losses.perceptual import PerceptualDistance, classifier_distance
+from ddops.losses.perceptual import classifier_distance
 from ddops.models.ar_diffusion import new_ar_diffusion
 from ddops.models.interface import Student, Teacher
 from ddops.models.registry import build_student, build_teacher
 from ddops.models.weights_dd2 import as_backbone
-from ddops.torchvision_compat import define_missing_operators
 from ddops.training.loop import build_optimizers, compile_blocks, frozen_copy, update, update_ema
 from ddops.training.replicas import Replicas
 from ddops.trajectories.dataset import TrajectoryBatch
@@ -71,16 +71,6 @@ class Fixed:
 def no_distance(a_BIHW: Tensor, b_BIHW: Tensor) -> Tensor:
     """Stands in for LPIPS where the perceptual term is measured by itself."""
     return (a_BIHW - b_BIHW).square().mean((1, 2, 3))
-
-
-def random_lpips(memory_format: torch.memory_format) -> PerceptualDistance:
-    """LPIPS with random weights: the published ones need a download and cost the same."""
-    define_missing_operators()
-    import lpips
-
-    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).requires_grad_(False).eval()
-    network = network.to(memory_format=memory_format)
-    return lambda a_BIHW, b_BIHW: network(a_BIHW, b_BIHW).flatten()
 
 
 def dd1_step(config: Config, teacher: Teacher, batch: int, *, decode: bool, compiled: bool = False) -> Step:
