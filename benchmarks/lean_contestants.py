@@ -31,11 +31,11 @@ from untrained import with_weights
 from ddops.config.stages import EngineConfig, GraphPrecision, ProfileConfig
 from ddops.export.bundle import Sources, write_bundle
 from ddops.export.engines import build_engines
-from ddops.export.lean import make_lean
 from ddops.export.manifest import MANIFEST, read_manifest
 from ddops.export.tensorrt import CURRENT, installed_flavour
 from ddops.inference.backends import load_backend
 from ddops.models.interface import Student, Teacher
+from ddops.models.lean import make_lean
 from ddops.models.reduced import to_bfloat16
 from ddops.models.registry import build_student, build_teacher
 from ddops.models.var_student import VARStudent

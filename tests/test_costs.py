@@ -12,9 +12,9 @@ from ddops.costs.devices import DEVICES, Device, UnknownDevice, find_device, pro
 from ddops.costs.ledger import Ledger, Operator, kept_bytes, shapes_only, without_values
 from ddops.costs.stages import predict
 from ddops.distill.dd1 import dd1_objective
-from ddops.export.lean import join_doublings
 from ddops.losses.perceptual import classifier_distance
 from ddops.models.classifier import DigitsClassifier
+from ddops.models.lean import join_doublings
 from ddops.models.registry import build_teacher
 from ddops.training.loop import frozen_copy
 from tiny import PARAMS, tiny, untrained

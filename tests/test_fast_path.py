@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ddops.evaluation.drawing import sample_noise
 from ddops.export.graph import OneStepGraph
-from ddops.export.lean import Doubled, make_lean
 from ddops.models import level_attention
 from ddops.models.autoencoder import upsample
 from ddops.models.interface import FullPasses, Student
 from ddops.models.layout import LevelLayout, noise_data_rows
+from ddops.models.lean import Doubled, make_lean
 from ddops.models.level_attention import LevelAttention, student_mask
 from ddops.models.precision import WholeLinear
 from ddops.models.reduced import to_bfloat16

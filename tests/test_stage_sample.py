@@ -1,6 +1,7 @@
 """The stage ``sample``: killed and run again, it ends with the bytes of an undisturbed run and draws nothing twice."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,17 +11,30 @@ from ddops.config.load import compose, write_params
 from ddops.models.weights import STUDENT, TOKENIZER, TRANSFORMER, save_weights
 from ddops.models.weights_dd2 import save_generator
 from ddops.stages import paths
+from ddops.stages.common import EXIT_TRY_AGAIN
 from ddops.trajectories.shards import MANIFEST
 from tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained
 
 ROWS = ("teacher", "dd1_1step", "dd2_1step")
 SETTINGS = [f"evaluate.rows=[{','.join(ROWS)}]", "evaluate.samples_per_image=1", "evaluate.seeds=[1,2]"]
+OTHERS_DIE = """
+import os, signal
+from ddops.stages import sample
+first, draw = os.getpid(), sample._draw
+def draw_or_die(*arguments):
+    if os.getpid() != first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    draw(*arguments)
+sample._draw = draw_or_die
+sample.run_stage(sample.sample)
+"""
 
 
-def workspace(directory):
+def workspace(directory, processes=1):
     """Random weights, and no trajectory: none of the rows asks for one."""
     write_weights(directory)
-    write_params(compose(PARAMS, [*FAMILIES["llamagen"], *SETTINGS]), directory / paths.PARAMS)
+    settings = [*FAMILIES["llamagen"], *SETTINGS, f"evaluate.processes={processes}"]
+    write_params(compose(PARAMS, settings), directory / paths.PARAMS)
     return directory
 
 
@@ -39,7 +53,9 @@ def write_weights(directory):
 
 def run(directory):
     command = [sys.executable, "-m", "ddops.stages.sample"]
-    subprocess.run(command, cwd=directory, check=True, env=None, capture_output=True)
+    # A thread, as each of several processes has: rounding depends on it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=directory, check=True, env=environment, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +97,26 @@ def test_samples_of_other_models_are_not_gone_on_with(tmp_path, undisturbed):
     run(killed)
     found, whole = contents(killed / paths.SAMPLES), contents(undisturbed / paths.SAMPLES)
     assert {name for name in whole if found[name] != whole[name]} >= {"dd2_1step/seed1.npz", "manifest.json"}
+
+
+def test_processes_share_the_files_and_draw_the_same(tmp_path, undisturbed):
+    shared = workspace(tmp_path, processes=2)
+    run(shared)
+    assert contents(shared / paths.SAMPLES) == contents(undisturbed / paths.SAMPLES)
+
+
+def test_several_processes_are_killed_and_go_on(tmp_path, undisturbed):
+    killed = workspace(tmp_path, processes=2)
+    kill_stage_in(killed, "sample", suffix=".npz", number=3)
+    run(killed)
+    assert contents(killed / paths.SAMPLES) == contents(undisturbed / paths.SAMPLES)
+
+
+def test_one_of_the_others_is_killed(tmp_path, undisturbed):
+    """What it has drawn is missing, which is said; the same command draws that and nothing else."""
+    killed = workspace(tmp_path, processes=2)
+    result = subprocess.run([sys.executable, "-c", OTHERS_DIE], cwd=killed, capture_output=True, text=True, check=False)
+    assert result.returncode == EXIT_TRY_AGAIN
+    assert "a process that drew teacher/seed2.npz ended; run the same command again" in result.stderr
+    run(killed)
+    assert contents(killed / paths.SAMPLES) == contents(undisturbed / paths.SAMPLES)

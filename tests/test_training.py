@@ -4,6 +4,11 @@ import itertools
 import logging
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -417,6 +422,31 @@ def test_processes_resume_to_the_same_bytes(tmp_path):
         os.kill(int((tmp_path / "replica").read_text()), 0)
     resumed = train_smooth(tmp_path / "killed", processes=2)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end a process with its parent")
+def test_others_end_with_a_first_process_that_is_killed_and_do_not_work_on(tmp_path):
+    file = tmp_path / "other"
+    code = (
+        "import os, signal, sys, time; from pathlib import Path; from ddops.training.replicas import replicas\n"
+        "file = Path(sys.argv[1])\n"
+        "with replicas(2) as group:\n"
+        "    if not group.is_first:\n"
+        "        file.write_text(str(os.getpid()))\n"
+        "        time.sleep(60)\n"
+        "    while not (file.exists() and file.read_text()):\n"
+        "        time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(file)], check=False)
+    assert result.returncode == -signal.SIGKILL
+    other = Path("/proc") / file.read_text() / "stat"
+    for _ in range(500):
+        # Ended, or ended and not yet asked for by whoever inherited it.
+        if not other.exists() or other.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail("it works on without the first")
 
 
 def test_a_lost_process_is_named_and_nothing_waits_for_it(tmp_path):

@@ -124,14 +124,14 @@ def _draw(workspace: Workspace, row: str, steps: int, request: Request, seed: in
     """uint8 images (N, I, H, W)."""
     from ddops.evaluation.device import accelerator
     from ddops.evaluation.drawing import draw_all
-    from ddops.evaluation.rows import Models, build_row
+    from ddops.evaluation.rows import Models, build_row, open_teacher
     from ddops.models.conditions import attach_captions
-    from ddops.models.weights import load_student, load_teacher
+    from ddops.models.weights import load_student
     from ddops.models.weights_dd2 import load_generator
     from ddops.stages import paths
 
     config = workspace.config
-    teacher = load_teacher(workspace.tokenizer, workspace.transformer).to(accelerator())
+    teacher = open_teacher(workspace.tokenizer, workspace.transformer)
     student = load_student(workspace.student_of(row)).to(accelerator()) if row == "dd1" else None
     dd2_file = workspace.student_of("dd2")
     generator = load_generator(workspace.tokenizer, dd2_file).to(accelerator()) if row == "dd2" else None

@@ -103,6 +103,8 @@ class EvaluateCommon:
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """Every row is sampled and judged once a seed; the table shows mean and spread."""
     batch_size: PositiveInt
+    processes: PositiveInt
+    """Processes that share the drawing on a CPU, a thread each; 1 leaves the threads to torch. On a GPU it is one."""
     kid: KIDConfig
     neighbours: PositiveInt
     """k of improved precision and recall (arXiv 1904.06991)."""

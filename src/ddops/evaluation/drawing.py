@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,10 +35,14 @@ class Request:
 
     labels_N: Tensor
     batch_size: int
+    shown: bool = True
+    """Whether a bar shows the progress; where nothing else hides it."""
 
     def batches(self, description: str) -> Iterator[tuple[Indices, Tensor]]:
         """Sample indices and their labels, batch by batch, with a progress bar."""
-        with tqdm(total=len(self.labels_N), desc=description, unit="image", leave=False, mininterval=1.0) as bar:
+        progress = partial(tqdm, total=len(self.labels_N), desc=description, unit="image", leave=False, mininterval=1.0)
+        # Asked for nothing, tqdm does as the environment says (TQDM_DISABLE).
+        with progress() if self.shown else progress(disable=True) as bar:
             first = 0
             for labels_B in self.labels_N.split(self.batch_size):
                 yield np.arange(first, first + len(labels_B), dtype=np.int64), labels_B

@@ -30,6 +30,7 @@ from ddops.evaluation.drawing import Draw, Generator, Indices, dd1_generator, fr
 from ddops.evaluation.images import to_uint8
 from ddops.models.ar_diffusion import ARDiffusion
 from ddops.models.interface import Student, Teacher
+from ddops.models.lean import make_lean
 from ddops.models.weights import load_student, load_teacher
 from ddops.models.weights_dd2 import load_ar_diffusion, load_generator
 from ddops.sampling.ar_diffusion import refine, sample_ar_diffusion
@@ -111,7 +112,7 @@ def open_models(
     accelerator; raises :class:`CheckpointError`."""
     tokenizer, device = files["tokenizer"], accelerator()
     return Models(
-        load_teacher(tokenizer, files["teacher"]).to(device),
+        open_teacher(tokenizer, files["teacher"]),
         load_student(files["dd1"]).to(device) if "dd1" in files else None,
         sampling,
         solver,
@@ -122,6 +123,13 @@ def open_models(
         load_ar_diffusion(tokenizer, files["ar_diffusion"]).to(device) if "ar_diffusion" in files else None,
         ar_diffusion.evaluations if isinstance(ar_diffusion, TrainedARDiffusionConfig) else 0,
     )
+
+
+def open_teacher(tokenizer: Path, transformer: Path) -> Teacher:
+    """A teacher to draw with, on the accelerator, its decoder as the served one; raises :class:`CheckpointError`."""
+    teacher = load_teacher(tokenizer, transformer)
+    make_lean(teacher.tokenizer)
+    return teacher.to(accelerator())
 
 
 def build_row(name: str, models: Models) -> Row:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ddops.export.lean import make_lean
 from ddops.models.conditions import Captions, Condition
 from ddops.models.interface import Student, Tokenizer
+from ddops.models.lean import make_lean
 from ddops.sampling.few_step import sample_sequence
 
 

@@ -16,7 +16,7 @@ from ddops.evaluation.judge import DigitsJudge, load_classifier
 from ddops.evaluation.metrics import Seen, frechet_distance, look, precision_recall
 from ddops.stages import paths
 
-CURVE_BATCH: Final = 1000
+CURVE_BATCH: Final = 500
 CURVE_SEED: Final = 2**31
 """Seed of the samples behind the curves: none of the seeds that the evaluation uses."""
 NEIGHBOURS: Final = 3

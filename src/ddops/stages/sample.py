@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ddops.config.dd2 import ARDiffusionConfig, DD2Config, TrainedDD2Config
 from ddops.config.evaluation import AR_DIFFUSION_ROWS, EvaluateConfig, parse_row
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, TrajectoriesConfig
+from ddops.evaluation.device import accelerator
 from ddops.evaluation.drawing import Request, draw_batches
 from ddops.evaluation.images import grid, save_png, to_uint8
 from ddops.evaluation.protocols import Protocol, open_protocol
@@ -25,6 +27,8 @@ from ddops.files import sha256_file, sha256_json, write_json
 from ddops.stages import paths
 from ddops.stages.common import drawing_sha256, require, run_stage
 from ddops.stages.statistics import statistics_file
+from ddops.training.errors import ReplicaLost
+from ddops.training.replicas import replicas
 from ddops.trajectories.shards import MANIFEST
 
 TILE = 48
@@ -73,12 +77,7 @@ def sample(
     if real := protocol.real_images():
         batches = reconstruct(model, real.images_NIHW, evaluate.batch_size)
         _draw(drawn / RECONSTRUCTION / "seed0.npz", batches, real.labels_N)
-    for row in rows:
-        for seed in evaluate.seeds:
-            labels_N = protocol.labels(seed, conditions)
-            request = Request(labels_N, evaluate.batch_size)
-            batches = draw_batches(row.draw, request, seed, row.name, protocol.image_size)
-            _draw(drawn / row.name / f"seed{seed}.npz", batches, conditions.classes_K[labels_N])
+    _draw_rows(drawn, rows, protocol, conditions, evaluate)
     _write_grids(drawn, protocol, conditions, evaluate)
     _write_interpolations(rows, models, conditions, evaluate)
     facts = {row.name: {"passes": row.passes, "parameters": row.parameters} for row in rows}
@@ -99,6 +98,25 @@ def _unfinished(fingerprint: str) -> Path:
     for half in directory.glob("*/.*.tmp"):
         half.unlink()
     return directory
+
+
+def _draw_rows(
+    drawn: Path, rows: Sequence[Row], protocol: Protocol, conditions: Conditions, evaluate: EvaluateConfig
+) -> None:
+    """A file a row and a seed, dealt out to the processes.
+
+    Raises:
+        ReplicaLost: one of them ended before its files were there.
+    """
+    files = [(drawn / row.name / f"seed{seed}.npz", row, seed) for row, seed in product(rows, evaluate.seeds)]
+    with replicas(evaluate.processes if accelerator().type == "cpu" else 1) as group:
+        for path, row, seed in files[group.rank :: group.size]:
+            labels_N = protocol.labels(seed, conditions)
+            request = Request(labels_N, evaluate.batch_size, shown=group.is_first)
+            batches = draw_batches(row.draw, request, seed, row.name, protocol.image_size)
+            _draw(path, batches, conditions.classes_K[labels_N])
+    if missing := [path for path, _, _ in files if not path.exists()]:
+        raise ReplicaLost(f"a process that drew {missing[0].relative_to(drawn)} ended; run the same command again")
 
 
 def _draw(path: Path, batches: Iterable[Tensor], labels_N: Tensor) -> None:

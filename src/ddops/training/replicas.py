@@ -12,6 +12,7 @@ each runs the stage up to its last training, and rank 0 goes on from there. On a
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from torch import Tensor
 from ddops.training.errors import LaunchError, ReplicaLost
 
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,22 @@ def _launched(size: int, stay: bool) -> Iterator[Replicas]:
 def _fork(size: int) -> tuple[int, list[int]]:
     """This process's rank, and, for rank 0, the process ids of the others."""
     children: list[int] = []
+    parent = os.getpid()
     for rank in range(1, size):
         if (child := os.fork()) == 0:
+            _end_with(parent)
             return rank, []
         children.append(child)
     return 0, children
+
+
+def _end_with(parent: int) -> None:
+    """Have Linux kill this process when its parent ends; elsewhere it ends where the two next meet."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # which ended before that was said
+        os._exit(1)
 
 
 def _join(rank: int, size: int, rendezvous: Path) -> None:
