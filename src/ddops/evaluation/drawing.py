@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
 
 Indices = NDArray[np.int64]
+DECODED_AT_ONCE: Final = {"cpu": 128}
+"""Images, by device; elsewhere a whole batch. Of so many digits a decoder's map is 1 MB, which a processor's cache
+holds; of larger images it holds not one."""
 Draw = Callable[[int, Indices, Tensor], Tensor]
 """(seed, sample indices (B,), labels (B,)) -> images (B, I, H, W), nominally in [-1, 1]."""
 Generator = Callable[[Tensor, Tensor], Tensor]
@@ -68,6 +72,12 @@ def draw_all(draw: Draw, request: Request, seed: int, description: str) -> Tenso
     return torch.cat(list(draw_batches(draw, request, seed, description)))
 
 
+def decode(teacher: Teacher, q_BLC: Tensor) -> Tensor:
+    """Images (B, I, H, W) of token embeddings."""
+    parts = q_BLC.split(DECODED_AT_ONCE.get(q_BLC.device.type, len(q_BLC)))
+    return torch.cat([teacher.decode(part_BLC) for part_BLC in parts])
+
+
 def dd1_row(steps: int) -> str:
     """Name of the DD1 student's row with so many steps."""
     return f"dd1_{steps}step"
@@ -85,7 +95,8 @@ def dd1_generator(student: Student, teacher: Teacher, config: DD1Config, steps: 
     def generate(noise_BLC: Tensor, labels_B: Tensor) -> Tensor:
         codebook_VC = teacher.codebook_VC
         noise_BLC, labels_B = noise_BLC.to(codebook_VC.device), labels_B.to(codebook_VC.device)
-        return teacher.decode(sample_student(student, codebook_VC, noise_BLC, labels_B, starts, config.logit_prefix))
+        q_BLC = sample_student(student, codebook_VC, noise_BLC, labels_B, starts, config.logit_prefix)
+        return decode(teacher, q_BLC)
 
     return generate
 

@@ -26,11 +26,11 @@ from ddops.config.evaluation import parse_row
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, FlowMapConfig
 from ddops.evaluation.device import accelerator
-from ddops.evaluation.drawing import Draw, Generator, Indices, dd1_generator, from_noise, sample_noise
+from ddops.evaluation.drawing import Draw, Generator, Indices, dd1_generator, decode, from_noise, sample_noise
 from ddops.evaluation.images import to_uint8
 from ddops.models.ar_diffusion import ARDiffusion
 from ddops.models.interface import Student, Teacher
-from ddops.models.lean import make_lean
+from ddops.models.lean import join_doublings
 from ddops.models.weights import load_student, load_teacher
 from ddops.models.weights_dd2 import load_ar_diffusion, load_generator
 from ddops.sampling.ar_diffusion import refine, sample_ar_diffusion
@@ -126,9 +126,9 @@ def open_models(
 
 
 def open_teacher(tokenizer: Path, transformer: Path) -> Teacher:
-    """A teacher to draw with, on the accelerator, its decoder as the served one; raises :class:`CheckpointError`."""
+    """A teacher to draw with, on the accelerator; raises :class:`CheckpointError`."""
     teacher = load_teacher(tokenizer, transformer)
-    make_lean(teacher.tokenizer)
+    join_doublings(teacher.tokenizer)
     return teacher.to(accelerator())
 
 
@@ -215,7 +215,7 @@ def _dd2_refine(models: Models, count: int) -> _Built:
         noise_BNLC = normals(seed, Stream.REFINEMENT, indices_B, (count, *shape)).to(models.device)
         for fresh_BLC in noise_BNLC.unbind(1):
             q_BLC = refine(model, q_BLC, fresh_BLC, labels_B, start=config.refine_start, evaluations=models.evaluations)
-        return teacher.decode(q_BLC)
+        return decode(teacher, q_BLC)
 
     return _Built(draw, 1 + count, (*one_step.transformers, *_ar_parts(model)))
 
@@ -259,7 +259,7 @@ def _teacher_involved(models: Models, first: int, last: int) -> _Built:
             models.sampling,
             _categorical(models, seed, indices_B),
         )
-        return teacher.decode(q_BLC)
+        return decode(teacher, q_BLC)
 
     return _Built(draw, (last - first) + (1 if first == 1 else 2), (_transformer(models), models.dd1_student))
 
@@ -320,4 +320,4 @@ def _transformer(models: Models) -> torch.nn.Module:
 
 
 def _decode_ids(teacher: Teacher, ids_BL: Tensor) -> Tensor:
-    return teacher.decode(F.embedding(ids_BL, teacher.codebook_VC))
+    return decode(teacher, F.embedding(ids_BL, teacher.codebook_VC))

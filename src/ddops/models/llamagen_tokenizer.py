@@ -47,7 +47,9 @@ class LlamaGenTokenizer(Tokenizer):
 
     def decode(self, q_BLC: Tensor) -> Tensor:
         """See :meth:`Tokenizer.decode`. The embeddings are used as they are, not normalised."""
-        images_BIHW: Tensor = self.decoder(self.post_quant_conv(to_map(q_BLC, self.config.grid)))
+        # As it lies, the map would be taken for one of channels last, and every map after it be made so.
+        map_BCgg = to_map(q_BLC, self.config.grid).contiguous()
+        images_BIHW: Tensor = self.decoder(self.post_quant_conv(map_BCgg))
         return images_BIHW
 
     def forward(self, images_BIHW: Tensor) -> TokenizerOutput:

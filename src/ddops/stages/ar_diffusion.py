@@ -15,7 +15,7 @@ from ddops.config.dd2 import ARDiffusionConfig, NotTrainedConfig, TrainedARDiffu
 from ddops.config.evaluation import DigitsFeaturesConfig, FeaturesConfig
 from ddops.config.models import SamplingConfig
 from ddops.distill.ar_diffusion import ar_diffusion_objective
-from ddops.evaluation.drawing import sample_noise
+from ddops.evaluation.drawing import decode, sample_noise
 from ddops.models.ar_diffusion import ARDiffusion, new_ar_diffusion
 from ddops.models.interface import BackboneTeacher
 from ddops.models.weights import load_teacher
@@ -73,14 +73,14 @@ def _fid(
     fid = FIDCurve(config.evaluate_count, conditions)
 
     def curve(model: nn.Module) -> Mapping[str, float]:
-        def decode(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
+        def draw(indices_B: NDArray[np.int64], labels_B: Tensor) -> Tensor:
             codebook_VC = teacher.codebook_VC
             noise_BLC = sample_noise(CURVE_SEED, indices_B, teacher, codebook_VC.shape[1]).to(codebook_VC.device)
             labels_B = labels_B.to(codebook_VC.device)
             ids_BL = sample_ar_diffusion(cast(ARDiffusion, model), labels_B, noise_BLC, config.evaluations)
-            return teacher.decode(F.embedding(ids_BL, codebook_VC))
+            return decode(teacher, F.embedding(ids_BL, codebook_VC))
 
-        return {"fid": fid(decode)}
+        return {"fid": fid(draw)}
 
     return curve
 

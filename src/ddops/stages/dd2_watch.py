@@ -16,7 +16,7 @@ from ddops.captions.conditions import Conditions
 from ddops.config.dd2 import TrainedDD2Config
 from ddops.config.stages import DD1Config
 from ddops.distill.dd2 import check_diversity, within_class_spread
-from ddops.evaluation.drawing import Indices, sample_noise
+from ddops.evaluation.drawing import Indices, decode, sample_noise
 from ddops.evaluation.images import grid, save_png, to_uint8
 from ddops.evaluation.metrics import Seen
 from ddops.models.interface import BackboneTeacher, Student
@@ -114,7 +114,8 @@ class DD2Watch:
         codebook_VC = self.teacher.codebook_VC
         noise_BLC = sample_noise(CURVE_SEED, indices_B, student, codebook_VC.shape[1]).to(self.device)
         labels_B = labels_B.to(self.device)
-        return self.teacher.decode(sample_student(student, codebook_VC, noise_BLC, labels_B, starts, self.logit_prefix))
+        q_BLC = sample_student(student, codebook_VC, noise_BLC, labels_B, starts, self.logit_prefix)
+        return decode(self.teacher, q_BLC)
 
     def _picture(self, student: Student, step: int) -> None:
         count = self.conditions.count
