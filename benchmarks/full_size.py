@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -147,8 +148,8 @@ class Marks:
         """Between each moment and the next."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.moments, self.moments[1:], strict=False)]
-        return [b - a for a, b in zip(self.moments, self.moments[1:], strict=False)]
+            return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self.moments)]
+        return [b - a for a, b in pairwise(self.moments)]
 
     def figures(self, keep: Callable[[int], bool] = lambda index: True) -> dict[str, Any]:
         """Of those steps whose place passes ``keep``, the first few left out of the times."""
