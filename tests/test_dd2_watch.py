@@ -1,6 +1,7 @@
 """What is watched while DD2 trains, and the stop on collapse; which combinations of choices are refused."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ddops.distill.dd2 import check_diversity, token_divergence, within_class_sp
 from ddops.stages import dd2_watch, paths
 from ddops.stages.dd2_watch import DD2Watch
 from ddops.training.errors import Collapsed
+from ddops.training.replicas import replicas
 from ddops.trajectories.dataset import TrajectoryBatch as Batch
 from tiny import tiny, untrained
 
@@ -148,6 +150,40 @@ def test_variety_is_measured_in_batches_that_training_fits_into(tmp_path, monkey
     student = untrained("llamagen")[1]
     watch("one").begin(student)
     assert sizes == [16, 16, 16, 12], "of 32 samples a step, shared by two processes"
+
+
+def test_the_processes_of_a_training_share_the_samples_and_one_draws_and_judges(tmp_path, monkeypatch):
+    """What they read is what one reads; the picture, and the alarm, are the first one's."""
+    monkeypatch.chdir(tmp_path)
+    drawn, sample = [], dd2_watch.sample_student
+
+    def noted(student, codebook_VC, noise_BLC, *rest):
+        drawn.append(len(noise_BLC))
+        return sample(student, codebook_VC, noise_BLC, *rest)
+
+    student, seen = untrained("llamagen")[1], watch("one")
+    alone = seen(student, 20)
+    seen.begin(student)
+    seen.batch = seen.batch._replace(noise_BLC=torch.zeros_like(seen.batch.noise_BLC))
+    monkeypatch.setattr(dd2_watch, "sample_student", noted)
+
+    def watched():
+        with replicas(2) as group:
+            fallen = seen(student, 30, None)
+            if not group.is_first:
+                (tmp_path / "other").write_text(f"{sum(drawn)} {fallen['diversity']}")
+                seen(student, 40, None)
+                time.sleep(60)  # The first ends it.
+            (tmp_path / "first").write_text(str(fallen["diversity"]))
+            seen(student, 40, [])
+
+    with pytest.raises(Collapsed, match="min_diversity"):
+        watched()
+    drawn_there, diversity = (tmp_path / "other").read_text().split()
+    assert int(drawn_there) == 30, "half of them"
+    assert diversity == (tmp_path / "first").read_text()
+    assert float(diversity) < alone["diversity"]
+    assert [file.name for file in sorted(paths.STATE.rglob("*.png"))] == ["samples_000020.png", "samples_000040.png"]
 
 
 def test_captions_of_one_sample_each_have_no_spread_to_watch(tmp_path, monkeypatch):

@@ -41,13 +41,15 @@ class Request:
     batch_size: int
     shown: bool = True
     """Whether a bar shows the progress; where nothing else hides it."""
+    first: int = 0
+    """Index of the first sample."""
 
     def batches(self, description: str) -> Iterator[tuple[Indices, Tensor]]:
         """Sample indices and their labels, batch by batch, with a progress bar."""
         progress = partial(tqdm, total=len(self.labels_N), desc=description, unit="image", leave=False, mininterval=1.0)
         # Asked for nothing, tqdm does as the environment says (TQDM_DISABLE).
         with progress() if self.shown else progress(disable=True) as bar:
-            first = 0
+            first = self.first
             for labels_B in self.labels_N.split(self.batch_size):
                 yield np.arange(first, first + len(labels_B), dtype=np.int64), labels_B
                 first += len(labels_B)

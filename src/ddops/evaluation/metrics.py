@@ -64,6 +64,13 @@ def look(judge: Judge, batches: Iterable[Tensor]) -> Seen:
     return Seen(torch.cat(features), torch.cat(logits) if logits else None, statistics)
 
 
+def seen_features(features_NF: Tensor) -> Seen:
+    """Of features that a judge has computed already, (N, F)."""
+    moments = Moments(features_NF.shape[1])
+    moments.add(features_NF)
+    return Seen(features_NF, None, moments.statistics())
+
+
 def frechet_distance(samples: Statistics, reference: Statistics, *, judged: bool = True) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the distance of two Gaussians (arXiv 1706.08500).
 

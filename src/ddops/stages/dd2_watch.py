@@ -24,6 +24,7 @@ from ddops.sampling.few_step import sample_student
 from ddops.stages import paths
 from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
 from ddops.training.curves import Row
+from ddops.training.replicas import gathered, own_part
 from ddops.trajectories.dataset import TrajectoryDataset
 
 COLUMNS: Final = 10
@@ -36,6 +37,7 @@ PICTURES: Final = paths.STATE / "dd2_samples"
 
 class DD2Watch:
     """Called with the EMA generator, its step and the curves so far; raises :class:`~ddops.training.errors.Collapsed`.
+    The training's processes share the samples; the one that keeps the curves draws the picture and raises.
 
     Pictures wait in ``PICTURES`` until the training is over: curves are written anew when a killed run goes on.
     """
@@ -70,14 +72,15 @@ class DD2Watch:
         """Note where the training begins: a bound that the first generator meets counts from then on."""
         self.start = self._variety(generator, None if self.fid is None else self.fid.see(self._drawer(generator, 1)))
 
-    def __call__(self, model: nn.Module, step: int, earlier: Sequence[Row] = ()) -> Row:
+    def __call__(self, model: nn.Module, step: int, earlier: Sequence[Row] | None = ()) -> Row:
         student, values, seen = cast(Student, model), {}, []
         if self.fid is not None:
             seen = [self.fid.see(self._drawer(student, steps)) for steps in range(1, len(self.starts) + 1)]
             values = {f"fid_{steps}step": self.fid.fid(each) for steps, each in enumerate(seen, start=1)}
         values |= self._variety(student, seen[0] if seen else None)
-        self._picture(student, step)
-        check_diversity(values, [self.start, *earlier], self.config)
+        if earlier is not None:
+            self._picture(student, step)
+            check_diversity(values, [self.start, *earlier], self.config)
         return values
 
     @torch.no_grad()
@@ -87,15 +90,17 @@ class DD2Watch:
         if self.teacher_spread:
             training = self.config.training
             size = training.batch_size // training.processes  # what fits where the training does
-            codebook_VC = self.teacher.codebook_VC
-            parts = zip(self.batch.noise_BLC.split(size), self.batch.labels_B.split(size), strict=True)
+            codebook_VC, count = self.teacher.codebook_VC, len(self.batch.labels_B)
+            own = own_part(count)
+            parts = zip(self.batch.noise_BLC[own].split(size), self.batch.labels_B[own].split(size), strict=True)
             drawn = [
                 sample_student(
                     student, codebook_VC, noise_BLC.to(self.device), labels_B.to(self.device), (0,), self.logit_prefix
                 ).cpu()
                 for noise_BLC, labels_B in parts
             ]
-            values["diversity"] = within_class_spread(torch.cat(drawn), self.batch.labels_B) / self.teacher_spread
+            drawn_NLC = gathered(torch.cat(drawn), count)
+            values["diversity"] = within_class_spread(drawn_NLC, self.batch.labels_B) / self.teacher_spread
         return values
 
     def keep_pictures(self, directory: Path) -> None:

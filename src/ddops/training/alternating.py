@@ -38,8 +38,9 @@ from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 log = logging.getLogger(__name__)
 
 Values = Mapping[str, Tensor]
-Evaluate = Callable[[nn.Module, int, Sequence[Row]], Row]
-"""Takes the EMA generator, the step, and all points of the curves before it; gives more values of this point."""
+Evaluate = Callable[[nn.Module, int, Sequence[Row] | None], Row]
+"""Takes the EMA generator, the step, and all points of the curves before it, or None in a process that keeps none;
+gives more values of this point. Every process calls it, so that they can share its work."""
 
 
 class Objectives(Protocol):
@@ -142,11 +143,12 @@ def train_alternating(
                 continue
             values = averaged(row, group)
             check_finite(values, description, done)
+            if evaluate is not None and to_evaluate:
+                earlier = None if curves is None else [row for _, row in curves.history]
+                values |= evaluate(networks.ema, done, earlier)
             if curves is None:
                 continue
             if to_log:
-                if evaluate is not None and to_evaluate:
-                    values |= evaluate(networks.ema, done, [row for _, row in curves.history])
                 curves.log(done, values)
                 bar.set_postfix({"guidance": f"{values['guidance_loss']:.4f}"}, refresh=False)
             if to_save:

@@ -63,7 +63,8 @@ def train(
             is given are on the CPU.
         dataset_size: samples that ``objective``'s indices run over.
         checkpoint: where the state lives; a checkpoint of the same fingerprint is resumed.
-        evaluate: called with the EMA model every ``evaluate_every`` steps and at the end; its values join the curves.
+        evaluate: called with the EMA model every ``evaluate_every`` steps and at the end, by every process, so that
+            they can share its work; the first one's values join the curves.
         before_step: changes the model outside the gradient (such as re-seeding unused codes).
         stay: another training follows, so processes that torchrun started return too; see ``replicas``.
 
@@ -105,11 +106,11 @@ def train(
                 continue
             row = averaged({**values, "gradient_norm": gradient_norm}, group)
             check_finite(row, description, done)
+            if evaluate is not None and to_evaluate:
+                row |= evaluate(ema_model)
             if curves is None:
                 continue
             if to_log:
-                if evaluate is not None and to_evaluate:
-                    row |= evaluate(ema_model)
                 curves.log(done, row)
                 bar.set_postfix({"loss": f"{row['loss']:.4f}"}, refresh=False)
             if to_save:

@@ -3,7 +3,8 @@
 Small models spend their steps in many short operations, which several threads of one process hardly speed up; several
 processes do. The replicas are forked when the training starts, so they share data set, teacher and objective, and end
 with it. They hold the same weights at every step: each computes the gradient of its share of the batch, and the
-gradients are averaged. Rank 0 is the process that called; it alone writes, evaluates and shows progress.
+gradients are averaged. An evaluation's samples are shared too. Rank 0 is the process that called; it alone writes and
+shows progress.
 
 Where torchrun started the stage (:mod:`ddops.stages.launch`), its processes are the replicas and nothing is forked:
 each runs the stage up to its last training, and rank 0 goes on from there. On a CPU the bytes are the same; see
@@ -55,10 +56,8 @@ class Replicas:
         if self.size == 1:
             return
         flat_N = torch.cat([tensor.flatten() for tensor in tensors])
-        try:
+        with _meeting():
             dist.all_reduce(flat_N)
-        except RuntimeError as error:
-            raise ReplicaLost(f"a replica of this training ended; run the same command again ({error})") from error
         flat_N /= self.size
         for tensor, mean_N in zip(tensors, flat_N.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean_N.view_as(tensor))
@@ -67,6 +66,46 @@ class Replicas:
 def own_share(indices_B: Tensor) -> Tensor:
     """Those of a batch's samples that this process trains on: every ``size``-th, as the loops deal them out."""
     return indices_B[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else indices_B
+
+
+def own_part(count: int) -> slice:
+    """This process's part of ``count`` samples in a row, which :func:`gathered` puts together again."""
+    if not dist.is_initialized():
+        return slice(0, count)
+    return _part(count, dist.get_rank())
+
+
+def gathered(part: Tensor, count: int) -> Tensor:
+    """All ``count`` rows of a tensor on the CPU of which each process has computed those of its :func:`own_part`. All
+    processes must call it, and each has all rows then.
+
+    Raises:
+        ReplicaLost: another process has ended.
+    """
+    if not dist.is_initialized():
+        return part
+    size = dist.get_world_size()
+    padded = part.new_zeros(-(-count // size), *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    with _meeting():
+        dist.all_gather(parts, padded)
+    lengths = [(own := _part(count, rank)).stop - own.start for rank in range(size)]
+    return torch.cat([each[:length] for each, length in zip(parts, lengths, strict=True)])
+
+
+def _part(count: int, rank: int) -> slice:
+    size = dist.get_world_size()
+    return slice(count * rank // size, count * (rank + 1) // size)
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    """Around what all processes do together: it fails where one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ReplicaLost(f"a replica of this training ended; run the same command again ({error})") from error
 
 
 @contextmanager
