@@ -160,6 +160,7 @@ WRONG_VALUES = [
     ),
     ("dd1.perceptual.network", "lpips", "Input should be 'digits_classifier' or 'lpips_vgg', got 'lpips'"),
     ("dd1.start_positions", [0, 16], "dd1.start_positions: 16 is past the end, the teacher has 16 tokens"),
+    ("dd1.perceptual.batch_size", 7, "dd1.perceptual.batch_size 7 is not a multiple of the 2 processes"),
     ("dd1.start_positions", [1, 5], "dd1.start_positions must begin with 0 and increase strictly, got (1, 5)"),
     ("dd1.start_positions", [0, 5, 5], "dd1.start_positions must begin with 0 and increase strictly, got (0, 5, 5)"),
     ("dd1.start_positions", [], "dd1.start_positions: Tuple should have at least 1 item"),

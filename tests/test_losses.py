@@ -12,6 +12,7 @@ from ddops.losses.dd1 import cross_entropy, embedding_error
 from ddops.losses.perceptual import classifier_distance
 from ddops.models.classifier import DigitsClassifier
 from ddops.models.interface import StudentOutput
+from ddops.training.replicas import replicas
 from ddops.trajectories.dataset import TrajectoryBatch
 from tiny import tiny, untrained
 
@@ -182,7 +183,7 @@ class FakeTrajectories:
 def objective_run(request, classifier):
     """One call of the objective on the whole fake data set."""
     weights = ["dd1.cross_entropy_weight=0.7", "dd1.embedding_weight=0.3", "dd1.perceptual.weight=2.0"]
-    config = tiny(request.param, *weights, "dd1.perceptual.batch_size=5", "dd1.start_positions=[0,2]").dd1
+    config = tiny(request.param, *weights, "dd1.perceptual.batch_size=6", "dd1.start_positions=[0,2]").dd1
     teacher, _ = untrained(request.param)
     student, data = RecordingStudent(teacher.layout, 64), FakeTrajectories(teacher.layout.length)
     distance = classifier_distance(classifier)
@@ -218,15 +219,30 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(objective_run):
 
 
 def test_the_perceptual_term_decodes_the_prediction_with_its_given_tokens_in_place(objective_run):
-    """On the first five samples alone: perceptual.batch_size."""
+    """On the first six samples alone: perceptual.batch_size."""
     data, student, teacher = objective_run.data, objective_run.student, objective_run.teacher
-    target_BLC = teacher.codebook_VC[data.ids_NL[:5]]
-    mixed_BLC = student.embeddings.detach().expand(5, -1, -1).clone()
-    for sample, start in enumerate(student.seen.start_B[:5].tolist()):
+    target_BLC = teacher.codebook_VC[data.ids_NL[:6]]
+    mixed_BLC = student.embeddings.detach().expand(6, -1, -1).clone()
+    for sample, start in enumerate(student.seen.start_B[:6].tolist()):
         given = teacher.layout.offsets[start]
         mixed_BLC[sample, :given] = target_BLC[sample, :given]
     expected = objective_run.distance(teacher.decode(mixed_BLC), teacher.decode(target_BLC)).mean()
     torch.testing.assert_close(objective_run.values["perceptual"].detach(), expected)
+
+
+def test_processes_decode_together_what_one_decodes(classifier):
+    """The term is of perceptual.batch_size samples of a batch, however many processes share it."""
+    settings = ["dd1.perceptual.batch_size=6", "dd1.start_positions=[0]", "evaluate.rows=[dd1_1step,dd2_1step]"]
+    config = tiny("llamagen", *settings, "dd1.training.processes=2").dd1
+    teacher, _ = untrained("llamagen")
+    student, data, indices_B = RecordingStudent(teacher.layout, 64), FakeTrajectories(16), torch.arange(12)
+    objective = dd1_objective(teacher, data, config, classifier_distance(classifier))
+    alone = objective(student, indices_B, 0)
+    with replicas(2) as group:
+        shared = objective(student, indices_B[group.rank :: group.size], 0)
+        means = [shared[name].detach() for name in ("perceptual", "loss")]
+        group.average(means)
+    torch.testing.assert_close(means, [alone["perceptual"].detach(), alone["loss"].detach()])
 
 
 def test_both_heads_learn(objective_run):

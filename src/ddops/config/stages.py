@@ -134,7 +134,8 @@ class PerceptualConfig:
     network: Literal["digits_classifier", "lpips_vgg"]
     weight: NonNegativeFloat
     batch_size: PositiveInt
-    """Images of a training batch that are decoded for the term; the decoder costs more than the student does."""
+    """Images of a training batch that are decoded for the term, by all processes together; the decoder costs more than
+    the student does."""
     channels_last: bool = False
     """Decoder and LPIPS network with their channels innermost, which convolutions of many channels are faster in."""
 
@@ -169,6 +170,12 @@ class TrainedDD1Config(DD1Common):
     evaluate_count: PositiveInt
     """Samples a point of that curve is computed from."""
     training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        DD1Common.__post_init__(self)
+        decoded, processes = self.perceptual.batch_size, self.training.processes
+        if decoded % processes:
+            raise ValueError(f"perceptual.batch_size {decoded} is not a multiple of the {processes} processes")
 
 
 @config

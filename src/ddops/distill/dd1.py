@@ -15,6 +15,7 @@ from ddops.losses.perceptual import PerceptualDistance
 from ddops.models.interface import Student, Teacher
 from ddops.sampling.few_step import renoise
 from ddops.training.loop import Objective
+from ddops.training.replicas import own_part
 from ddops.trajectories.reader import BatchSource
 
 
@@ -39,7 +40,8 @@ def dd1_objective(
         error = embedding_error(output.embeddings_BLC, q_BLC, predicted_BL).mean()
         perceptual = error.new_zeros(())
         if config.perceptual.weight:
-            decoded = slice(config.perceptual.batch_size)
+            own = own_part(config.perceptual.batch_size)
+            decoded = slice(own.stop - own.start)
             predicted_BLC = torch.where(predicted_BL[decoded, :, None], output.embeddings_BLC[decoded], q_BLC[decoded])
             perceptual = perceptual_term(teacher, distance, predicted_BLC, q_BLC[decoded]).mean()
         loss = (

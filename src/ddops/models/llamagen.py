@@ -57,7 +57,7 @@ def rotary_tables(config: LlamaGenConfig) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Turn the adjacent channel pairs of ``x`` (..., K): ``(a, b) -> (a cos - b sin, a sin + b cos)``."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = x.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)
     return torch.addcmul(x * cos, swapped, signed_sin)
 
 
