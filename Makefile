@@ -8,7 +8,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: reproduce prefect prefect-worker test test-fast lint format clean-state help
 
 help:
-	@echo "make reproduce   from real images to an exported one-step generator (about ten minutes on two cores)"
+	@echo "make reproduce   from real images to an exported one-step generator (ten to fifteen minutes on two cores)"
 	@echo "make prefect     a Prefect server with the deployments of deploy/prefect.yaml, and a worker"
 	@echo "make test        the whole test suite"
 	@echo "make test-fast   without the runs of the whole pipeline and of Prefect's server"

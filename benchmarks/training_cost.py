@@ -5,7 +5,8 @@ well, for a third of the whole one's passes.
 
     python benchmarks/training_cost.py WORKSPACE --preset digits --output benchmarks/results/training_cost_digits.json
 
-WORKSPACE is where the preset's stages up to ``distill_dd1`` ran; nothing there is changed. The short way takes its
+WORKSPACE is where the preset's stages up to ``distill_dd1`` ran (those of the recorded results with
+``dd1.training.steps=2000``); nothing there is changed. The short way takes its
 judge and teacher, and trains anew from fewer trajectories. FIDs are those of the stages' own curves (one seed of
 noise); passes are of the teacher over a whole sequence, trajectories included, as
 :func:`dd2_variants.training_passes` counts them. Run it again to go on: finished stages are kept.
@@ -171,7 +172,7 @@ def main() -> None:
         "cpu_seconds": seconds,
     }
     write_json(arguments.output, result)
-    ways = {"DD1, the preset's": whole, "DD1, small batches": alone, "a short DD1 of those, then DD2": short}
+    ways = {"whole DD1": whole, "DD1, small batches": alone, "a short DD1 of those, then DD2": short}
     draw(ways, arguments.teacher_fid, arguments.output.with_suffix(".svg"))
     print(result["passes"])
 
