@@ -137,41 +137,41 @@ def test_the_watch_stops_a_generator_that_collapses_and_leaves_its_picture(tmp_p
     assert "samples_000040.png" in [file.name for file in paths.STATE.rglob("*.png")]
 
 
-def test_variety_is_measured_in_batches_that_training_fits_into(tmp_path, monkeypatch):
-    """All samples at once would hold as many logits: tens of gigabytes where the codebook is large."""
-    monkeypatch.chdir(tmp_path)
-    sizes, sample = [], dd2_watch.sample_student
+@pytest.fixture
+def sizes(monkeypatch):
+    """Of the batches that the watch draws, as it draws them."""
+    noted, sample = [], dd2_watch.sample_student
 
-    def noted(student, codebook_VC, noise_BLC, *rest):
-        sizes.append(len(noise_BLC))
+    def sample_noted(student, codebook_VC, noise_BLC, *rest):
+        noted.append(len(noise_BLC))
         return sample(student, codebook_VC, noise_BLC, *rest)
 
-    monkeypatch.setattr(dd2_watch, "sample_student", noted)
+    monkeypatch.setattr(dd2_watch, "sample_student", sample_noted)
+    return noted
+
+
+def test_variety_is_measured_in_batches_that_training_fits_into(tmp_path, monkeypatch, sizes):
+    """All samples at once would hold as many logits: tens of gigabytes where the codebook is large."""
+    monkeypatch.chdir(tmp_path)
     student = untrained("llamagen")[1]
     watch("one").begin(student)
     assert sizes == [16, 16, 16, 12], "of 32 samples a step, shared by two processes"
 
 
-def test_the_processes_of_a_training_share_the_samples_and_one_draws_and_judges(tmp_path, monkeypatch):
+def test_the_processes_of_a_training_share_the_samples_and_one_draws_and_judges(tmp_path, monkeypatch, sizes):
     """What they read is what one reads; the picture, and the alarm, are the first one's."""
     monkeypatch.chdir(tmp_path)
-    drawn, sample = [], dd2_watch.sample_student
-
-    def noted(student, codebook_VC, noise_BLC, *rest):
-        drawn.append(len(noise_BLC))
-        return sample(student, codebook_VC, noise_BLC, *rest)
-
     student, seen = untrained("llamagen")[1], watch("one")
     alone = seen(student, 20)
     seen.begin(student)
     seen.batch = seen.batch._replace(noise_BLC=torch.zeros_like(seen.batch.noise_BLC))
-    monkeypatch.setattr(dd2_watch, "sample_student", noted)
+    sizes.clear()
 
     def watched():
         with replicas(2) as group:
             fallen = seen(student, 30, None)
             if not group.is_first:
-                (tmp_path / "other").write_text(f"{sum(drawn)} {fallen['diversity']}")
+                (tmp_path / "other").write_text(f"{sum(sizes)} {fallen['diversity']}")
                 seen(student, 40, None)
                 time.sleep(60)  # The first ends it.
             (tmp_path / "first").write_text(str(fallen["diversity"]))
