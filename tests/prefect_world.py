@@ -209,13 +209,14 @@ class World:
         return (datetime.fromisoformat(self.run_of(run)["end_time"]) - last).total_seconds()
 
     def tasks(self, run):
-        """Name of the state of each task of a run, in the order they were made."""
+        """State of each task of a run, in the order they were made."""
 
         def recorded():
             tasks = self.post("/task_runs/filter", flow_runs={"id": {"any_": [run]}}, sort="EXPECTED_START_TIME_ASC")
-            return all(task["state_type"] in ENDED for task in tasks) and tasks
+            return all(task["state"] and task["state"]["type"] in ENDED for task in tasks) and tasks
 
-        # The server writes a task's last state a moment after the run's.
+        # The server writes a task's last state a moment after the run's; for another moment the task knows its
+        # type and not the state itself.
         return {task["name"]: task["state"] for task in eventually(recorded, "the tasks' states")}
 
     def artifacts(self, run):
