@@ -2,7 +2,8 @@
 
     python benchmarks/teacher_distance.py WORKSPACE SHORT --output benchmarks/results/teacher_distance_digits.json
 
-WORKSPACE is where a whole DD1 was trained, SHORT the ``--work`` directory of ``training_cost.py`` for it. Each of the
+WORKSPACE is where a whole DD1 was trained, SHORT the ``--work`` directory of ``training_cost.py`` for it; ``--another
+NAME=DIRECTORY`` names one where a further DD2 ended. Each of the
 generators there is judged three ways, in one step, from the same noise, by WORKSPACE's judge: its FID to the data; the
 Fréchet distance of its samples to samples of the teacher (drawn the ordinary way; the teacher's own second set gives
 the floor); and the teacher's negative log-likelihood of its tokens, in nats a token. The teacher's own tokens have its
@@ -108,7 +109,7 @@ class Ruler:
         return {name: float(f"{value:.5g}") for name, value in figures.items()}
 
 
-def students(workspace: Path, short: Path) -> dict[str, Student]:
+def students(workspace: Path, short: Path, others: dict[str, Path]) -> dict[str, Student]:
     """Those that are there, by what they are."""
     tokenizer = workspace / paths.TOKENIZER
     found: dict[str, Student] = {
@@ -116,6 +117,8 @@ def students(workspace: Path, short: Path) -> dict[str, Student]:
         "short DD1": load_student(short / paths.DD1_STUDENT),
         "short DD1, then DD2": load_generator(tokenizer, short / paths.DD2_GENERATOR),
     }
+    for name, place in others.items():
+        found[f"short DD1, then DD2, {name}"] = load_generator(tokenizer, place / paths.DD2_GENERATOR)
     if (alone := short / "alone" / paths.DD1_STUDENT).exists():
         found["DD1, small batches"] = load_student(alone)
     return found
@@ -126,12 +129,15 @@ def main() -> None:
     parser.add_argument("workspace", type=Path)
     parser.add_argument("short", type=Path)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--another", action="append", default=[], metavar="NAME=DIRECTORY")
     parser.add_argument("--count", type=int, default=14376, help="samples of each, eight of every image")
     arguments = parser.parse_args()
     ruler = Ruler(arguments.workspace, arguments.count)
+    others = {name: Path(place) for name, _, place in (word.partition("=") for word in arguments.another)}
     places = {str(arguments.workspace): "WORKSPACE", str(arguments.short): "SHORT"}
+    places |= {f"{name}={place}": f"{name}=DIRECTORY" for name, place in others.items()}
     rows: dict[str, Any] = {"teacher": ruler.row(ruler.teacher_ids(TEACHER_SEEDS[1]))}
-    for name, student in students(arguments.workspace, arguments.short).items():
+    for name, student in students(arguments.workspace, arguments.short, others).items():
         rows[name] = ruler.row(ruler.student_ids(student))
         print(name, rows[name])
     result = {

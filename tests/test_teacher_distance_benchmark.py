@@ -58,10 +58,13 @@ def test_the_teachers_own_tokens_are_at_its_reference_and_cost_what_its_sessions
 def test_each_generator_that_is_there_has_a_row(workspace, tmp_path):
     output = tmp_path / "distance.json"
     command = [sys.executable, "benchmarks/teacher_distance.py", str(workspace), str(workspace)]
-    subprocess.run([*command, "--output", str(output), "--count", "200"], cwd=ROOT, check=True, capture_output=True)
+    command += ["--another", f"again={workspace}", "--output", str(output), "--count", "200"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     result = json.loads(output.read_text())
     rows = result["rows"]
-    assert list(rows) == ["teacher", "whole DD1", "short DD1", "short DD1, then DD2"]
-    assert rows["whole DD1"] == rows["short DD1"] == rows["short DD1, then DD2"], "the same weights"
+    assert list(rows) == ["teacher", "whole DD1", "short DD1", "short DD1, then DD2", "short DD1, then DD2, again"]
+    assert all(row == rows["whole DD1"] for name, row in rows.items() if name != "teacher"), "the same weights"
     assert 0 < rows["teacher"]["distance_to_teacher"] < rows["whole DD1"]["distance_to_teacher"]
-    assert result["command"].split()[1:3] == ["SHORT", "SHORT"], "of no machine's directories"
+    assert result["command"].split()[1:5] == ["SHORT", "SHORT", "--another", "again=DIRECTORY"], (
+        "of no machine's directories"
+    )
