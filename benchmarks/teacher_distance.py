@@ -3,11 +3,10 @@
     python benchmarks/teacher_distance.py WORKSPACE SHORT --output benchmarks/results/teacher_distance_digits.json
 
 WORKSPACE is where a whole DD1 was trained, SHORT the ``--work`` directory of ``training_cost.py`` for it; ``--another
-NAME=DIRECTORY`` names one where a further DD2 ended. Each of the
-generators there is judged three ways, in one step, from the same noise, by WORKSPACE's judge: its FID to the data; the
-Fréchet distance of its samples to samples of the teacher (drawn the ordinary way; the teacher's own second set gives
-the floor); and the teacher's negative log-likelihood of its tokens, in nats a token. The teacher's own tokens have its
-entropy there; a generator below it is surer of its tokens than the teacher is.
+NAME=DIRECTORY`` names one where a further DD2 ended. Each generator there is judged three ways, in one step, from the
+same noise, by WORKSPACE's judge: its FID to the data; the Fréchet distance of its samples to samples of the teacher
+(drawn the ordinary way; the teacher's own second set gives the floor); and the teacher's negative log-likelihood of
+its tokens, in nats a token, which for the teacher's own tokens is its entropy.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class Ruler:
             log_p_BLV = conditional_log_probs(self.teacher, labels_B, ids_BL, self.config.sampling)
             total -= float(log_p_BLV.gather(-1, ids_BL[..., None]).mean()) * len(labels_B)
             images.append(to_uint8(decode(self.teacher, F.embedding(ids_BL, self.teacher.codebook_VC))))
-        return look(self.judge, iter(images)).statistics, total / len(self.labels_N)
+        return look(self.judge, images).statistics, total / len(self.labels_N)
 
     def row(self, draw: Ids) -> dict[str, float]:
         statistics, nats = self.see(draw)

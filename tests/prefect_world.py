@@ -215,8 +215,8 @@ class World:
             tasks = self.post("/task_runs/filter", flow_runs={"id": {"any_": [run]}}, sort="EXPECTED_START_TIME_ASC")
             return all(task["state"] and task["state"]["type"] in ENDED for task in tasks) and tasks
 
-        # The server writes a task's last state a moment after the run's; for another moment the task knows its
-        # type and not the state itself.
+        # The server writes a task's last state a moment after the run's; a task has been seen with its state's type
+        # and without the state itself.
         return {task["name"]: task["state"] for task in eventually(recorded, "the tasks' states")}
 
     def artifacts(self, run):
