@@ -29,6 +29,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 from dd2_variants import training_passes
+from matplotlib.ticker import ScalarFormatter
 from stage_runs import run_stages
 
 from ddops.config.load import compose, validate
@@ -113,6 +114,8 @@ def draw(ways: dict[str, Points], teacher_fid: float | None, path: Path) -> None
     axis.set_xlabel("passes of the teacher, thousands, trajectories included")
     axis.set_ylabel("FID of one step")
     axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(ScalarFormatter())  # 6, not 6 x 10^0
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     figure.tight_layout()
