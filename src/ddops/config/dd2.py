@@ -16,7 +16,7 @@ from ddops.config.base import (
     config,
 )
 from ddops.config.models import HeadConfig
-from ddops.config.training import TrainingConfig
+from ddops.config.training import TrainingConfig, require_samples_for_all
 
 
 @config
@@ -50,6 +50,9 @@ class TrainedARDiffusionConfig:
     evaluate_every: PositiveInt
     evaluate_count: PositiveInt
     training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        require_samples_for_all(self.evaluate_count, self.training.processes)
 
 
 @config
@@ -139,6 +142,7 @@ class TrainedDD2Config:
                 f"guidance.batch_size {self.guidance.batch_size} is not a multiple of the "
                 f"{self.training.processes} processes"
             )
+        require_samples_for_all(self.evaluate_count, self.training.processes)
 
 
 DD2Config = Annotated[TrainedDD2Config | NotTrainedConfig, Field(discriminator="source")]

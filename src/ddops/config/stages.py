@@ -20,7 +20,7 @@ from ddops.config.captions import CaptionsConfig, SeededEncoderConfig
 from ddops.config.dd2 import ARDiffusionConfig, DD2Config
 from ddops.config.evaluation import EvaluateConfig, FeaturesConfig, GateConfig, parse_row
 from ddops.config.models import ModelConfig, SamplingConfig
-from ddops.config.training import TrainingConfig
+from ddops.config.training import TrainingConfig, require_samples_for_all
 
 
 @config
@@ -176,6 +176,7 @@ class TrainedDD1Config(DD1Common):
         decoded, processes = self.perceptual.batch_size, self.training.processes
         if decoded % processes:
             raise ValueError(f"perceptual.batch_size {decoded} is not a multiple of the {processes} processes")
+        require_samples_for_all(self.evaluate_count, processes)
 
 
 @config

@@ -43,3 +43,13 @@ class TrainingConfig:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceed steps {self.steps}")
         if self.batch_size % self.processes:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of the {self.processes} processes")
+
+
+def require_samples_for_all(evaluate_count: int, processes: int) -> None:
+    """Each process of a training draws a part of the samples behind its curves.
+
+    Raises:
+        ValueError: there are fewer samples than processes.
+    """
+    if evaluate_count < processes:
+        raise ValueError(f"evaluate_count {evaluate_count} is less than the {processes} processes that share it")
