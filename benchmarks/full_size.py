@@ -342,10 +342,10 @@ def _said(training: TrainingConfig) -> dict[str, Any]:
 def compare(row: Mapping[str, Any], config: Config, device: str) -> dict[str, Any]:
     """What is predicted for the phases that were measured, beside it; arithmetic used as a share of the product's."""
     assert isinstance(config.dd1, TrainedDD1Config)
-    half = replace(config, dd1=replace(config.dd1, training=replace(config.dd1.training, precision="bfloat16")))
+    whole = replace(config, dd1=replace(config.dd1, training=replace(config.dd1.training, precision="float32")))
     found: dict[str, Any] = {}
     card = find_device(device)
-    costs = {"distill_dd1_float32": predict(config, card)["distill_dd1"], **predict(half, card)}
+    costs = {"distill_dd1_float32": predict(whole, card)["distill_dd1"], **predict(config, card)}
     for phase in PHASES:
         if "out_of_memory" in row.get(phase, {"out_of_memory"}):
             continue
