@@ -33,3 +33,5 @@ def test_every_phase_is_trained_timed_and_set_beside_the_plan(tmp_path: Path) ->
     for phase in ("trajectories", "distill_dd1", "distill_dd1_float32", "ar_diffusion", "distill_dd2"):
         assert row["plan"][phase]["tflop"] > 0
         assert row["plan"][phase]["predicted_over_measured_seconds"] > 0
+    wide, half = (row["plan"][phase]["predicted_memory_gb"] for phase in ("distill_dd1_float32", "distill_dd1"))
+    assert wide > half, "each is set beside the prediction for its own precision"
