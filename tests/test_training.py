@@ -345,6 +345,26 @@ def test_a_stage_killed_with_sigkill_ends_with_the_same_bytes(kill, tmp_path, mo
     assert not contents(killed / paths.STATE), "no checkpoint, nor half of one"
 
 
+def test_the_judge_does_not_depend_on_the_number_of_threads(tmp_path, monkeypatch):
+    """It is in the loss of DD1, so every machine would have another student."""
+    made = []
+    for threads in (1, 2):
+        workspace = tmp_path / str(threads)
+        write_tiny_params(
+            workspace, "features.channels=32", *(f"features.training.{word}" for word in ("steps=8", *SHORT))
+        )
+        config = load_config(workspace / "params.yaml")
+        monkeypatch.chdir(workspace)
+        torch.set_num_threads(threads)
+        try:
+            features_stage(config.seed, config.features)
+            assert torch.get_num_threads() == threads, "what follows has them again"
+        finally:
+            torch.set_num_threads(1)
+        made.append((workspace / paths.CLASSIFIER).read_bytes())
+    assert made[0] == made[1]
+
+
 def test_a_checkpoint_belongs_to_its_settings_and_inputs(tmp_path):
     """All that a run depends on is in the fingerprint: a changed seed, setting or input file is another run."""
     config = training()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from ddops.config.evaluation import FeaturesConfig, InceptionFeaturesConfig
 from ddops.data import digits
 from ddops.evaluation.judge import new_classifier, save_classifier
@@ -26,16 +31,17 @@ def features(seed: int, features: FeaturesConfig) -> None:
     training, heldout = split(digits.load(), features.holdout, seed)
     classifier = seeded(seed, lambda: new_classifier(features)).to(training_device(features.training.processes))
     checkpoint = checkpoint_file("classifier", [seed, features])
-    state = train(
-        classifier,
-        classifier_objective(training),
-        config=features.training,
-        seed=seed,
-        dataset_size=len(training),
-        checkpoint=checkpoint,
-        curves_dir=paths.CURVES / "classifier",
-        description="classifier",
-    )
+    with _one_thread():
+        state = train(
+            classifier,
+            classifier_objective(training),
+            config=features.training,
+            seed=seed,
+            dataset_size=len(training),
+            checkpoint=checkpoint,
+            curves_dir=paths.CURVES / "classifier",
+            description="classifier",
+        )
     classifier.load_state_dict(state)
     save_classifier(paths.CLASSIFIER, classifier.eval(), features)
     write_json(
@@ -43,6 +49,17 @@ def features(seed: int, features: FeaturesConfig) -> None:
         {"name": features.name, "heldout_accuracy": accuracy(classifier, heldout), "heldout": len(heldout)},
     )
     checkpoint.remove()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads share a convolution's sums: with another number of them the judge, and all it judges, has other bytes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fetch(features: InceptionFeaturesConfig) -> None:
