@@ -9,7 +9,7 @@ export DVC_NO_ANALYTICS := 1
 
 help:
 	@echo "make reproduce   from real images to an exported one-step generator (ten to fifteen minutes on two cores)"
-	@echo "make prefect     a Prefect server with the deployments of deploy/prefect.yaml, and a worker"
+	@echo "make prefect     a Prefect server with the deployments of prefect.yaml, and a worker"
 	@echo "make test        the whole test suite"
 	@echo "make test-fast   without the runs of the whole pipeline and of Prefect's server"
 	@echo "make lint        ruff and mypy"
@@ -28,10 +28,10 @@ reproduce: $(READY)
 	@echo "ONNX model    $(CURDIR)/artifacts/onnx/model.onnx"
 
 prefect: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.up
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m ddops.flows.up
 
 prefect-worker: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.worker
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m ddops.flows.worker
 
 # Triton's server comes with a wheel that needs numpy<2: an environment of its own, for one test.
 .venv-triton/.ready:

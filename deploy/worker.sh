@@ -7,5 +7,5 @@ if [ -n "${DDOPS_DVC_URL:-}" ]; then
         dvc remote modify --local store endpointurl "$DDOPS_DVC_ENDPOINT"
     fi
 fi
-python -m flows.setup
-exec python -m flows.worker
+python -m ddops.flows.setup
+exec python -m ddops.flows.worker

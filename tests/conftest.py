@@ -10,6 +10,6 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
     """A bundle of a tiny one-step student. Not to be changed."""
-    from tiny_bundle import make_bundle  # loads ONNX, which few tests need
+    from helpers.tiny_bundle import make_bundle  # loads ONNX, which few tests need
 
     return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")

@@ -26,14 +26,16 @@ class Preset(NamedTuple):
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
     """The arguments ``preset`` and ``overrides``, and ``--params``."""
-    parser.add_argument("preset", help="a preset of params/preset")
+    parser.add_argument("preset", help="a preset: ddops presets lists them")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     add_params(parser)
 
 
 def add_params(parser: argparse.ArgumentParser) -> None:
     """The argument ``--params``."""
-    parser.add_argument("--params", type=Path, default=Path("params"), metavar="DIR", help="default: params")
+    parser.add_argument(
+        "--params", type=Path, default=Path("params"), metavar="DIR", help="your own groups; default: params"
+    )
 
 
 def load_preset(name: str, params: Path, overrides: Sequence[str] = ()) -> Preset:

@@ -1,4 +1,4 @@
-"""``ddops run``: the pipeline as a Prefect flow, without a server. The flow is not in this package: it is called."""
+"""``ddops run``: the pipeline as a Prefect flow, without a server. Called as a process of its own."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Become the flow's process.
 
     Raises:
-        CommandError: this is no workspace with flows, or Prefect is not installed.
+        CommandError: this is no workspace, or Prefect is not installed.
     """
-    if not Path("flows/__main__.py").is_file():
-        raise CommandError("no flows/ here: run from a checkout of ddops")
+    if not Path("dvc.yaml").is_file():
+        raise CommandError("no dvc.yaml here: run from a workspace (ddops init DIR writes one)")
     if importlib.util.find_spec("prefect") is None:
         raise CommandError("ddops run needs Prefect: pip install 'ddops[prefect]'")
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "flows", *arguments.arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "ddops.flows", *arguments.arguments])

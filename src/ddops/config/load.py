@@ -8,7 +8,7 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from hydra import compose as hydra_compose
@@ -22,6 +22,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ddops.config.stages import Config
+
+PARAMS: Final = Path(__file__).parents[1] / "params"
+"""The groups that ddops brings."""
+WORKSPACE_PARAMS: Final = Path(__file__).parents[1] / "workspace" / "template" / "params"
+"""What a workspace starts with: those groups, and none of its own."""
 
 
 class ConfigError(ValueError):
@@ -63,14 +68,13 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
 
 
 def compose(params_dir: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain values that Hydra composes from the groups in ``params_dir``, e.g. with ``["preset=digits_var"]``.
+    """The plain values that Hydra composes from the groups of ddops and those in ``params_dir``, e.g. with
+    ``["preset=digits_var"]``. Where there is no such directory, from those of ddops alone.
 
     Raises:
         ConfigError: no such preset, group option or key; or the result is not a valid configuration.
     """
-    directory = Path(params_dir).resolve()
-    if not (directory / "config.yaml").is_file():
-        raise ConfigError(f"{directory}: holds no config.yaml; run from the project's root or pass --params DIR")
+    directory = _primary(Path(params_dir))
     for override in overrides:
         _check_group_choice(directory, override)
     source = " ".join([str(params_dir), *overrides])
@@ -83,9 +87,25 @@ def compose(params_dir: Path | str, overrides: Sequence[str] = ()) -> dict[str, 
     return values
 
 
+def group_files(params_dir: Path | str, group: str) -> dict[str, Path]:
+    """The options of a group by name, each with its file: those in ``params_dir`` before those of ddops."""
+    places = (PARAMS / group, Path(params_dir) / group)
+    return {file.stem: file for place in places for file in sorted(place.glob("*.yaml"))}
+
+
+def _primary(params_dir: Path) -> Path:
+    """The directory that Hydra starts from. Raises ConfigError where it is not a workspace's."""
+    if not params_dir.exists() and params_dir.name == "params":
+        return WORKSPACE_PARAMS
+    directory = params_dir.resolve()
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"{directory}: holds no config.yaml; ddops init writes one, and --params DIR means another")
+    return directory
+
+
 def write_params(values: Mapping[str, Any], path: Path) -> None:
     """Write composed values the way ``params.yaml`` is committed."""
-    header = "# Composed from params/ by `ddops compose`: what `dvc repro` reads. Edit params/, then compose again.\n"
+    header = "# Composed by `ddops compose`: what `dvc repro` reads. Compose again to change it.\n"
     text = header + yaml.safe_dump(dict(values), sort_keys=False, width=100)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
@@ -116,14 +136,14 @@ def _explain_unknown_keys(directory: Path, overrides: Sequence[str], source: str
 
 def _is_group(directory: Path, override: str) -> bool:
     group = override.partition("=")[0]
-    return bool(group) and (directory / group).is_dir()
+    return bool(group) and bool(group_files(directory, group))
 
 
 def _check_group_choice(directory: Path, override: str) -> None:
     if not _is_group(directory, override):
         return
     group, _, choice = override.partition("=")
-    known = sorted(file.stem for file in (directory / group).glob("*.yaml"))
+    known = sorted(group_files(directory, group))
     if choice not in known:
         raise ConfigError(f"{directory.name}/{group}: no {group} named {choice!r}; {_suggest(choice, known)}")
 

@@ -30,7 +30,7 @@ def _commit() -> str:
     """The commit that is checked out, and whether files differ from it."""
     try:
         head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--", "src", "params", "params.yaml", "dvc.yaml")
+        changed = _git("status", "--porcelain", "--", "src", "params", "params.yaml", "recipes.yaml", "dvc.yaml")
     except (OSError, subprocess.CalledProcessError):
         return "not in a Git repository"
     return f"{head}, with changes since" if changed else head

@@ -1,0 +1,1 @@
+"""The workspace: the directory that the pipeline runs in, and what of it ddops writes."""

@@ -1,0 +1,175 @@
+"""`ddops table` on a small workspace: every column, going on after a kill, and no figures of anything else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_stage_sample import write_weights
+
+from ddops.cli import main
+from ddops.commands import table
+from ddops.config.load import compose, load_config, write_params
+from ddops.evaluation.judge import new_classifier, save_classifier
+from ddops.files import write_json
+from ddops.models.errors import CheckpointError
+from ddops.stages import paths
+from helpers.tiny import FAMILIES, PARAMS
+
+ROWS = ("teacher", "teacher_involved_1_3", "dd1_1step", "skip_4")
+COMMAND = ["table", "--rows", ",".join(ROWS), "--timing-batch", "2", "--timing-rounds", "1", "--ppl-samples", "20"]
+RESULT, TEXT = paths.METRICS.with_name("table.json"), paths.METRICS.with_name("table.md")
+
+
+def settings(*overrides):
+    judged = ["evaluate.samples_per_image=1", "evaluate.seeds=[1,2]", "evaluate.kid.subset_size=100"]
+    smaller = ["ar_diffusion=none", "dd2=none", "export.student=dd1", "evaluate.rows=[teacher,dd1_1step]"]
+    write_params(compose(PARAMS, [*FAMILIES["llamagen"], *judged, *smaller, *overrides]), paths.PARAMS)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_weights(tmp_path)
+    settings()
+    config = load_config(paths.PARAMS).features
+    torch.manual_seed(0)
+    save_classifier(paths.CLASSIFIER, new_classifier(config).eval(), config)
+    return tmp_path
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """The rows that are really drawn and judged, in order."""
+    names, judge = [], table._judge
+
+    def counted(row, *rest):
+        figures = judge(row, *rest)
+        names.append(row.name)
+        return figures
+
+    monkeypatch.setattr(table, "_judge", counted)
+    return names
+
+
+def test_every_row_has_the_papers_columns_and_says_what_it_is_of(workspace, judged):
+    assert main(COMMAND) == 0
+    result = json.loads(RESULT.read_text())
+    assert judged == list(ROWS)
+    for name in ROWS:
+        row = result["rows"][name]
+        assert row.keys() >= {"fid", "inception_score", "precision", "recall", "parameters", "passes", "seconds"}
+        assert (row["samples"], row["runs"]) == (1797, 2)
+        assert row["seconds_range"][0] <= row["seconds"] <= row["seconds_range"][1]
+        assert ("ppl" in row) == (name == "dd1_1step")
+        assert row["commit"] == result["provenance"]["Git commit"]
+    assert result["rows"]["teacher"]["fid_spread"] > 0
+    assert result["protocol"].keys() >= {"name", "reference_sha256", "seeds", "asked_for", "drawing_sha256", "versions"}
+    assert result["ppl"] == {"samples": 20, "epsilon": 0.01}
+    text = TEXT.read_text()
+    for heading in ("fid", "inception_score", "precision", "recall", "parameters", "passes", "ms an image", "speed-up"):
+        assert f" {heading} |" in text.splitlines()[0]
+    assert len([line for line in text.splitlines() if line.startswith("- ")]) == len(ROWS) - 1, "a claim a pair"
+
+
+def test_a_table_that_was_ended_half_way_goes_on_and_reads_the_same(workspace, judged, monkeypatch):
+    assert main(COMMAND) == 0
+    whole = json.loads(RESULT.read_text())["rows"]
+    RESULT.unlink()
+
+    def ended(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(table, "_path_lengths", lambda row, *_: ended() if row.name == "dd1_1step" else {})
+        with pytest.raises(KeyboardInterrupt):
+            main(COMMAND)
+    assert list(json.loads(RESULT.read_text())["rows"]) == list(ROWS[:2])
+    judged.clear()
+    assert main(COMMAND) == 0
+    assert judged == list(ROWS[2:])
+    again = json.loads(RESULT.read_text())["rows"]
+    timeless = [
+        {name: {key: row[key] for key in row if not key.startswith("seconds")} for name, row in rows.items()}
+        for rows in (whole, again)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda: settings("sampling.guidance=3.0"), "protocol"),
+        (lambda: settings("evaluate.seeds=[1]"), "protocol"),
+        (lambda: COMMAND.__setitem__(-1, "10"), "ppl"),
+    ],
+    ids=["sampling", "seeds", "paths"],
+)
+def test_figures_of_other_settings_do_not_stay_in_the_table(workspace, judged, capsys, monkeypatch, change, names):
+    monkeypatch.setattr(f"{__name__}.COMMAND", [*COMMAND])
+    assert main(COMMAND) == 0
+    judged.clear()
+    change()
+    assert main(COMMAND) == 0
+    assert f"table.json: is of other {names}: begun anew" in capsys.readouterr().err
+    assert judged == list(ROWS)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_the_pipeline_judged_by_this_protocol_is_taken_over(workspace, judged, same):
+    assert main(COMMAND) == 0
+    result = json.loads(RESULT.read_text())
+    RESULT.unlink()
+    judged.clear()
+    protocol = result["protocol"] | ({} if same else {"asked_for": "9 samples a real image"})
+    row = result["rows"]["teacher"] | {"fid": 123.0}
+    write_json(paths.METRICS, {"protocol": protocol, "models": result["models"], "teacher": row})
+    assert main(COMMAND) == 0
+    assert ("teacher" in judged) != same
+    assert (json.loads(RESULT.read_text())["rows"]["teacher"]["fid"] == 123.0) == same
+
+
+def test_times_of_two_runs_do_not_stand_in_one_table(workspace, judged):
+    assert main(COMMAND) == 0
+    assert main([*COMMAND[:2], "teacher", *COMMAND[3:]]) == 0
+    rows = json.loads(RESULT.read_text())["rows"]
+    assert [name for name, row in rows.items() if "seconds" in row] == ["teacher"]
+
+
+def test_the_clock_does_not_see_noise_being_made(workspace, judged, monkeypatch):
+    """Of a student, which needs nothing else; the noise is made before."""
+    drawn = []
+    generator = type("Row", (), {"draw": None, "generator": staticmethod(lambda noise, labels: drawn.append(noise))})
+    models = type("Models", (), {"device": torch.device("cpu")})
+    models.teacher = type("Teacher", (), {"num_conditions": 2, "codebook_VC": torch.zeros(5, 3)})
+    models.teacher.layout = type("Layout", (), {"length": 7})
+    draw = table._prepared(generator, models, 4, 0)
+    monkeypatch.setattr("ddops.evaluation.drawing.sample_noise", lambda *_: 1 / 0)
+    draw()
+    assert drawn[0].shape == (4, 7, 3)
+
+
+def test_without_the_network_of_the_path_length_nothing_is_begun(workspace, judged, capsys, monkeypatch):
+    def away(*_):
+        raise CheckpointError("LPIPS needs VGG-16")
+
+    monkeypatch.setattr(table, "_distance", away)
+    assert main(COMMAND) == 1
+    assert "LPIPS needs VGG-16" in capsys.readouterr().err
+    assert judged == []
+    assert main([*COMMAND[:-1], "0"]) == 0, "0 paths need none"
+    assert "ppl" not in json.loads(RESULT.read_text())["rows"]["dd1_1step"]
+
+
+def test_a_damaged_table_is_named(workspace, capsys):
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text('{"rows": ')
+    assert main(COMMAND) == 1
+    assert "table.json: damaged" in capsys.readouterr().err
+
+
+def test_without_models_it_is_said_what_to_run(workspace, capsys):
+    paths.DD1_STUDENT.unlink()
+    assert main(COMMAND) == 1
+    assert "dvc repro evaluate" in capsys.readouterr().err
