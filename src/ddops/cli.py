@@ -25,12 +25,13 @@ from ddops.commands.arguments import CommandError
 from ddops.config.load import ConfigError
 from ddops.evaluation.errors import MetricError
 from ddops.export.errors import BundleError, ExportError
+from ddops.extras import MissingExtra, explained
 from ddops.lock import HeldError
 from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
 
-EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError)
+EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError, MissingExtra)
 """Errors whose message says what to do."""
 
 
@@ -55,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_TRY_AGAIN
     except (*EXPLAINED, CommandError, OSError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (said := explained(error, f"ddops {arguments.command}")) is error:
+            raise
+        print(said, file=sys.stderr)
         return 1
     return 0
 

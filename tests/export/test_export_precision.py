@@ -10,6 +10,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from test_export import CASES, export, inputs
 
+from ddops import OneStepPipeline
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.engines import build_engines
 from ddops.export.errors import ExportError
@@ -19,7 +20,6 @@ from ddops.export.onnx import export_onnx
 from ddops.export.parity import measure_parity, onnx_drawer
 from ddops.export.precision import KINDS, PRODUCTS, widen_products
 from ddops.export.session import open_session, run_session
-from ddops.inference import OneStepPipeline
 from helpers.tiny import untrained
 from helpers.tiny_bundle import make_bundle
 

@@ -23,6 +23,7 @@ STAGES = DVC["stages"]
 
 MAY_IMPORT = {
     "files": set(),
+    "extras": set(),
     "lock": set(),
     "production": {"files"},
     "torchvision_compat": set(),
@@ -34,30 +35,30 @@ MAY_IMPORT = {
     "flow": {"config"},
     "models": {"config", "files", "flow"},
     "hub": {"config", "files", "models"},
-    "captions": {"config", "files", "data", "models", "torchvision_compat"},
+    "captions": {"config", "extras", "files", "data", "models", "torchvision_compat"},
     "sampling": {"config", "models", "flow"},
     "losses": {"config", "models", "torchvision_compat"},
     "training": {"config", "files", "sampling"},
-    "trajectories": {"config", "files", "models", "captions", "flow", "sampling"},
+    "trajectories": {"config", "extras", "files", "models", "captions", "flow", "sampling"},
     "pretrain": {"config", "data", "models", "training"},
     "distill": {"config", "models", "flow", "sampling", "losses", "training", "trajectories"},
     "costs": {"config", "models", "flow", "sampling", "losses", "training", "trajectories", "pretrain", "distill"},
     "evaluation": {
         *("config", "files", "data", "models", "captions", "flow", "sampling", "trajectories", "torchvision_compat"),
     },
-    "export": {"class_names", "config", "files", "models", "captions", "sampling"},
-    "inference": {"class_names", "config", "files", "models", "captions", "sampling", "export"},
+    "export": {"class_names", "config", "extras", "files", "models", "captions", "sampling"},
+    "inference": {"class_names", "config", "extras", "files", "models", "captions", "sampling", "export"},
     "serving": {"class_names", "config", "files", "production", "export", "inference"},
     "stages": {
         *("config", "files", "data", "models", "hub", "captions", "sampling", "losses", "training", "trajectories"),
-        *("production", "pretrain", "distill", "evaluation", "export"),
+        *("extras", "production", "pretrain", "distill", "evaluation", "export"),
     },
     "commands": {
         *("class_names", "config", "files", "models", "hub", "captions", "sampling", "losses", "trajectories"),
-        *("lock", "production", "costs", "evaluation", "export", "inference", "serving", "stages"),
+        *("extras", "lock", "production", "costs", "evaluation", "export", "inference", "serving", "stages"),
     },
-    "flows": {"config", "lock", "evaluation", "stages"},
-    "cli": {"config", "lock", "models", "production", "evaluation", "export", "commands", "stages"},
+    "flows": {"config", "extras", "lock", "evaluation", "stages"},
+    "cli": {"config", "extras", "lock", "models", "production", "evaluation", "export", "commands", "stages"},
 }
 """The whole rule. A line imports from lines above it and from nothing else; a new part of ddops needs a line."""
 
@@ -131,6 +132,17 @@ def test_outside_tools_are_kept_to_their_place(package):
 def test_what_computes_nothing_does_not_load_torch(module):
     """A configuration error or a verdict shows in a moment, not after the seconds that torch takes to load."""
     code = f"import sys, {module}; print(sorted({{'torch', 'dvc', 'prefect', 'sklearn'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_what_serves_and_the_command_line_load_nothing_that_trains():
+    """Nor what composes a configuration: `ddops serve` and `ddops --help` start at once, in an environment of their
+    own."""
+    modules = ["cli", "serving.server", "inference.pipeline", "export.session", "export.manifest"]
+    heavy = {"torch", "torchvision", "onnx", "dvc", "prefect", "sklearn", "safetensors", "matplotlib", "hydra"}
+    imports = "\n".join(f"import ddops.{module}" for module in modules)
+    code = f"import sys\n{imports}\nprint(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

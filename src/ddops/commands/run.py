@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
 from ddops.commands.arguments import CommandError, Subparsers
+from ddops.extras import require
 
 
 def register(commands: Subparsers) -> None:
@@ -27,11 +27,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Become the flow's process.
 
     Raises:
-        CommandError: this is no workspace, or Prefect is not installed.
+        CommandError: this is no workspace. MissingExtra: Prefect is not installed.
     """
     if not Path("dvc.yaml").is_file():
         raise CommandError("no dvc.yaml here: run from a workspace (ddops init DIR writes one)")
-    if importlib.util.find_spec("prefect") is None:
-        raise CommandError("ddops run needs Prefect: pip install 'ddops[prefect]'")
+    require("prefect", "ddops run")
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", "ddops.flows", *arguments.arguments])
