@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+from ddops import OneStepPipeline
 from ddops.cli import main
 from ddops.config.load import compose, write_params
 from ddops.config.models import HeadConfig
@@ -19,7 +20,7 @@ from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import read_manifest, write_manifest
 from ddops.export.provenance import dvc_md5, judged, provenance
 from ddops.files import sha256_file
-from ddops.inference import OneStepPipeline, backends
+from ddops.inference import backends
 from ddops.inference.seeds import to_pixels
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.weights_dd2 import as_backbone, save_generator

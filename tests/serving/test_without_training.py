@@ -80,15 +80,27 @@ def test_what_needs_more_ends_with_one_line_that_names_the_extra(tmp_path, argum
     assert not done.stdout
 
 
+PIPELINE = "from ddops import OneStepPipeline\nOneStepPipeline.from_pretrained"
+PROMPTS = "from ddops.inference.prompts import PromptEncoder\nPromptEncoder"
+SESSION = "from ddops.export.session import open_session\nopen_session"
+
+
 @pytest.mark.parametrize(
-    ("asked", "extra"),
-    [("bundle, backend='torch'", "train"), ("bundle, backend='tensorrt'", "rtx"), ("'owner/name'", "hub")],
+    ("call", "extra"),
+    [
+        (f"{PIPELINE}(bundle, backend='torch')", "train"),
+        (f"{PIPELINE}(bundle, backend='tensorrt')", "gpu"),
+        (f"{PIPELINE}('owner/name')", "hub"),
+        (f"{PROMPTS}(bundle, facts=None)", "t2i"),
+        (f"{SESSION}(bundle / 'model.onnx', precision='bfloat16')", "train"),
+    ],
+    ids=["torch", "tensorrt", "hub", "prompts", "bfloat16"],
 )
-def test_a_backend_names_its_extra_and_a_bundle_on_the_hub_does(bundle, tmp_path, asked, extra):
-    code = f"import sys, ddops\nbundle = sys.argv[1]\nddops.OneStepPipeline.from_pretrained({asked})"
-    done = python_without(tmp_path, ABSENT, "-c", code, bundle)
-    assert done.stderr.splitlines()[-1].endswith(f"pip install 'ddops[{extra}]'")
-    assert "MissingExtra" in done.stderr.splitlines()[-1]
+def test_what_serving_can_do_with_more_names_the_extra(bundle, tmp_path, call, extra):
+    code = f"import sys\nfrom pathlib import Path\nbundle = Path(sys.argv[1])\n{call}"
+    last = python_without(tmp_path, ABSENT, "-c", code, bundle).stderr.splitlines()[-1]
+    assert last.startswith("ddops.extras.MissingExtra: ")
+    assert last.endswith(f"pip install 'ddops[{extra}]'")
 
 
 @pytest.mark.rare

@@ -114,12 +114,14 @@ class TensorRTBackend(Backend):
     """The bundle's engine that fits this GPU, of whichever flavour is installed."""
 
     def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
-        from ddops.export.engine_session import EngineSession
         from ddops.export.tensorrt import installed_flavour
 
         if device not in ("cuda", "cuda:0"):
             raise BundleError(f"backend tensorrt runs on cuda, not on {device!r}")
-        self._session = EngineSession(directory, manifest, installed_flavour([e.flavour for e in manifest.engines]))
+        flavour = installed_flavour([engine.flavour for engine in manifest.engines])
+        from ddops.export.engine_session import EngineSession  # loads PyTorch, which comes with the flavour's extra
+
+        self._session = EngineSession(directory, manifest, flavour)
         self.max_batch = self._session.facts.profile.max
 
     def draw(self, noise_BLC: Floats, *condition: NDArray[Any]) -> Floats:
