@@ -13,3 +13,21 @@ def bundle(tmp_path_factory):
     from helpers.tiny_bundle import make_bundle  # loads ONNX, which few tests need
 
     return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def encoder_directory(tmp_path_factory):
+    """A small seeded T5. Not to be changed."""
+    from ddops.captions.pretrained import write_seeded_encoder  # loads transformers, which few tests need
+    from helpers.tiny_captions import ENCODER, PROMPTS
+
+    directory = tmp_path_factory.mktemp("encoder")
+    write_seeded_encoder(directory, ENCODER, PROMPTS)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def encoder(encoder_directory):
+    from ddops.captions.pretrained import TextEncoder
+
+    return TextEncoder(encoder_directory, length=5)

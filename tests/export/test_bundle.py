@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -26,11 +25,7 @@ from ddops.models.weights_dd2 import as_backbone, save_generator
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
 from helpers.tiny import FAMILIES, PARAMS, tiny, untrained
-from helpers.tiny_bundle import FACTS, make_bundle, save_sources
-
-
-def pixels(pipe, labels, **options):
-    return np.stack([np.asarray(image) for image in pipe(labels, **options).images]).astype(int)
+from helpers.tiny_bundle import FACTS, make_bundle, pixels, save_sources, stage
 
 
 @pytest.fixture(scope="module")
@@ -299,12 +294,6 @@ def test_from_the_hub(bundle, tmp_path, monkeypatch):
 
 
 # the stages
-
-
-def stage(workspace, name):
-    """A stage's command line in a workspace."""
-    command = [sys.executable, "-m", f"ddops.stages.{name}"]
-    return subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("student", STUDENTS)

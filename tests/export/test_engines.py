@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from test_bundle import pixels
 
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.bundle import Sources, write_bundle
@@ -19,7 +18,7 @@ from ddops.export.tensorrt import Machine, choose_engine, library_version, targe
 from ddops.inference import OneStepPipeline
 from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from helpers.tiny import tiny, untrained
-from helpers.tiny_bundle import FACTS, make_bundle
+from helpers.tiny_bundle import FACTS, make_bundle, pixels
 
 
 @pytest.fixture(scope="module")

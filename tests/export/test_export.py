@@ -1,6 +1,5 @@
 """The exported graph: one pass through the student a step, the images of PyTorch, the same bytes each time."""
 
-import copy
 import math
 import socket
 import sys
@@ -33,30 +32,8 @@ from ddops.export.session import open_session, run_session
 from ddops.models import level_attention
 from ddops.models.autoencoder import Attention
 from ddops.models.registry import build_student, build_teacher
-from helpers.tiny import tiny, untrained
-
-METADATA = {"ddops.preset": "test", "ddops.steps": "1"}
-CASES = {
-    "llamagen-1": ("llamagen", (0,)),
-    "llamagen-2": ("llamagen", (0, 5)),
-    "var-1": ("var", (0,)),
-    "var-2": ("var", (0, 2)),
-}
-
-
-def inputs(layout, batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, layout.length, 8, generator=generator), torch.arange(batch) % 10
-
-
-def export(family, starts, path, precision="float32", **options):
-    """Both heads have a say: logits for the first half of the levels, embeddings for the rest."""
-    teacher, student = copy.deepcopy(untrained(family))
-    graph = OneStepGraph(student, teacher.tokenizer, starts, student.layout.num_levels // 2).eval()
-    example = inputs(student.layout, 2)
-    options = {"opset": 18, "precision": precision, **options}
-    trace = export_onnx(graph, *example, path, metadata=METADATA, **options)
-    return graph, trace
+from helpers.exports import CASES, METADATA, export, inputs
+from helpers.tiny import tiny
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -8,7 +8,6 @@ import onnx
 import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
-from test_export import CASES, export, inputs
 
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.engines import build_engines
@@ -20,6 +19,7 @@ from ddops.export.parity import measure_parity, onnx_drawer
 from ddops.export.precision import KINDS, PRODUCTS, widen_products
 from ddops.export.session import open_session, run_session
 from ddops.inference import OneStepPipeline
+from helpers.exports import CASES, export, inputs
 from helpers.tiny import untrained
 from helpers.tiny_bundle import make_bundle
 

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from test_bundle import stage
 
 from ddops.captions.conditions import Conditions
 from ddops.config.load import compose, load_config, validate, write_params
@@ -22,6 +21,7 @@ from ddops.files import sha256_file, write_json
 from ddops.stages import paths
 from ddops.stages.export_onnx import judge_exported
 from helpers.tiny import FAMILIES, PARAMS
+from helpers.tiny_bundle import stage
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from test_llamagen_t2i import SMALL_CAPTIONS
 
 from ddops.captions.pretrained import TextEncoder
 from ddops.config.captions import DigitsPromptsConfig, EncodedCaptionsConfig, PromptSets, SeededEncoderConfig
@@ -27,7 +26,7 @@ from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
 from ddops.stages import paths
 from ddops.stages.captions import captions as captions_stage
-from helpers.llamagen_helpers import randomised
+from helpers.llamagen_helpers import SMALL_CAPTIONS, randomised
 from helpers.tiny import tiny
 from helpers.tiny_bundle import serving
 

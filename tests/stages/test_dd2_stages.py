@@ -10,7 +10,6 @@ from functools import cache
 
 import pytest
 import torch
-from test_launch import environment
 from torch.nn import functional as F
 
 from ddops.config.load import compose, load_config, write_params
@@ -28,7 +27,7 @@ from ddops.stages.common import sections
 from ddops.stages.distill_dd2 import distill_dd2
 from ddops.stages.sample import sample
 from ddops.stages.trajectories import trajectories
-from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained
+from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, stage_environment, tiny, untrained
 
 STAGES = {"ar_diffusion": ar_diffusion, "distill_dd2": distill_dd2, "sample": sample, "trajectories": trajectories}
 SHORT = ["steps=8", "batch_size=16", "processes=1", "warmup_steps=2", "log_every=2", "checkpoint_every=3"]
@@ -164,7 +163,7 @@ def test_torchrun_trains_dd2_to_the_bytes_that_forking_does(before, tmp_path):
         result = subprocess.run(
             [sys.executable, "-m", "ddops.stages.distill_dd2"],
             cwd=workspace,
-            env=environment(DDOPS_LAUNCHER=launcher),
+            env=stage_environment(DDOPS_LAUNCHER=launcher),
             check=False,
         )
         assert result.returncode == 0

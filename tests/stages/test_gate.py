@@ -18,8 +18,9 @@ from ddops.evaluation.ruler import open_ruler
 from ddops.files import sha256_file, sha256_json, write_json
 from ddops.models.errors import CheckpointError
 from ddops.production import Registry, RegistryError, metrics_in_production
-from ddops.stages import gate, paths
-from ddops.stages.common import StageError, drawing_of, sections
+from ddops.stages import paths
+from ddops.stages.common import StageError, drawing_of
+from helpers.gate_world import make_workspace, run_gate
 from helpers.tiny import PARAMS, tiny
 
 STUDENT = "ab" * 32
@@ -205,25 +206,8 @@ def test_production_that_does_not_compare_can_be_overridden() -> None:
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files that hash, and figures that state their hashes."""
     monkeypatch.chdir(tmp_path)
-    write_params(compose(PARAMS, ["preset=smoke"]), paths.PARAMS)
-    files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, **paths.STUDENTS}
-    for path in (*files.values(), paths.CLASSIFIER):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(path))
-    protocol = {
-        "name": "digits",
-        "settings_sha256": sha256_json(plain(load_config().evaluate)),
-        "features_sha256": sha256_file(paths.CLASSIFIER),
-        "drawing_sha256": drawing_of(load_config()),
-    }
-    models = {name: sha256_file(path) for name, path in files.items()}
-    write_json(paths.METRICS, {"protocol": protocol, "models": models, "dd2_1step": {"fid": 3.0}})
+    make_workspace()
     return tmp_path
-
-
-def run_gate() -> None:
-    config = load_config()
-    gate.gate(**{name: getattr(config, name) for name in sections(gate.gate)})
 
 
 def test_the_stage_writes_its_decision_either_way(workspace: Path) -> None:

@@ -9,14 +9,14 @@ import sys
 import psutil
 import pytest
 import torch
-from test_architecture import STAGES
 
 from ddops.config.training import TrainingConfig
 from ddops.stages import launch
 from ddops.stages.common import EXIT_TRY_AGAIN
 from ddops.training.errors import LaunchError
+from helpers.house import STAGES
 from helpers.prefect_world import eventually
-from helpers.tiny import ROOT, contents, tiny, write_tiny_params
+from helpers.tiny import ROOT, contents, stage_environment, tiny, write_tiny_params
 
 STEPS = [
     f"teacher.{part}.{setting}"
@@ -26,22 +26,17 @@ STEPS = [
 """So many of the second that there is time to kill it."""
 
 
-def environment(**settings):
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return {
-        **kept,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": "1",
-        **settings,
-    }
-
-
 def start(workspace, **settings):
     """The stage `teacher`, which trains twice, in a workspace of its own."""
     write_tiny_params(workspace, *STEPS)
     command = [sys.executable, "-m", "ddops.stages.teacher"]
     return subprocess.Popen(
-        command, cwd=workspace, env=environment(**settings), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=workspace,
+        env=stage_environment(**settings),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -89,7 +84,7 @@ def test_the_exit_code_is_that_of_the_process_that_failed(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=environment(PYTHONPATH=f"{ROOT / 'src'}{os.pathsep}{tmp_path}"),
+        env=stage_environment(PYTHONPATH=f"{ROOT / 'src'}{os.pathsep}{tmp_path}"),
         check=False,
     )
     assert result.returncode == 3
@@ -99,7 +94,7 @@ def test_another_number_of_processes_than_the_training_wants_is_refused(tmp_path
     write_tiny_params(tmp_path, *STEPS)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "ddops.stages.teacher"]
     result = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, *command], cwd=tmp_path, env=stage_environment(), capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
     assert "torchrun started 1 processes, the training's `processes` is 2; let them agree" in result.stderr

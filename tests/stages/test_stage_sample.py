@@ -8,12 +8,10 @@ import sys
 import pytest
 
 from ddops.config.load import compose, write_params
-from ddops.models.weights import STUDENT, TOKENIZER, TRANSFORMER, save_weights
 from ddops.models.weights_dd2 import save_generator
 from ddops.stages import paths
 from ddops.stages.common import EXIT_TRY_AGAIN
-from ddops.trajectories.shards import MANIFEST
-from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained
+from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained, write_weights
 
 ROWS = ("teacher", "dd1_1step", "dd2_1step")
 SETTINGS = [f"evaluate.rows=[{','.join(ROWS)}]", "evaluate.samples_per_image=1", "evaluate.seeds=[1,2]"]
@@ -36,19 +34,6 @@ def workspace(directory, processes=1):
     settings = [*FAMILIES["llamagen"], *SETTINGS, f"evaluate.processes={processes}"]
     write_params(compose(PARAMS, settings), directory / paths.PARAMS)
     return directory
-
-
-def write_weights(directory):
-    teacher, student = untrained("llamagen")
-    config = tiny("llamagen").teacher.model
-    for path in (paths.TOKENIZER, paths.DD1_STUDENT, paths.DD2_GENERATOR, paths.TRAJECTORIES / MANIFEST):
-        (directory / path).parent.mkdir(parents=True)
-    save_weights(directory / paths.TOKENIZER, teacher.tokenizer.state_dict(), config, TOKENIZER)
-    save_weights(directory / paths.TRANSFORMER, teacher.transformer.state_dict(), config, TRANSFORMER)
-    save_weights(directory / paths.DD1_STUDENT, student.state_dict(), config, STUDENT)
-    half = {name: value / 2 for name, value in student.state_dict().items()}
-    save_generator(directory / paths.DD2_GENERATOR, half, config, None)
-    (directory / paths.TRAJECTORIES / MANIFEST).write_text("{}")
 
 
 def run(directory):

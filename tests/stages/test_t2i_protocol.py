@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from test_captions import ENCODER, PROMPTS, encoder, encoder_directory, settings  # noqa: F401
 
 from ddops.captions.conditions import Conditions
 from ddops.captions.encode import PromptSet, encode_set
@@ -26,6 +25,7 @@ from ddops.hub.records import DownloadError
 from ddops.models.classifier import DigitsClassifier
 from ddops.stages.statistics import asked, reference_facts, statistics_file
 from helpers.tiny import PARAMS
+from helpers.tiny_captions import ENCODER, PROMPTS, settings
 
 PRESET = "preset=llamagen_xl_t2i_256"
 
@@ -72,7 +72,7 @@ def ruler_of(config, asked):
 # Which prompts
 
 
-def test_every_prompt_is_asked_for_once_in_order(tmp_path, encoder):  # noqa: F811
+def test_every_prompt_is_asked_for_once_in_order(tmp_path, encoder):
     encode_set(tmp_path / "plain", PromptSet(PROMPTS), encoder, settings(), {})
     conditions = Conditions(5, CaptionSet(tmp_path / "plain"))
     protocol = open_protocol(config_of("evaluate.samples=4").evaluate)
@@ -139,7 +139,7 @@ def test_figures_of_other_prompts_or_another_clip_do_not_compare(clip_directory)
     assert "name" in comparable(facts, facts | {"name": "dd_50k"})
 
 
-def test_prompts_and_clip_are_found(tmp_path, encoder, clip_directory):  # noqa: F811
+def test_prompts_and_clip_are_found(tmp_path, encoder, clip_directory):
     encode_set(tmp_path, PromptSet(PROMPTS), encoder, settings(), {})
     files = ("config.json", "tokenizer.json", "model.safetensors")
     clip = PublishedEncoderConfig(name="clip", repo="o/clip", revision="main", files=files, path=str(clip_directory))
@@ -150,7 +150,7 @@ def test_prompts_and_clip_are_found(tmp_path, encoder, clip_directory):  # noqa:
     assert asked(validate(compose(PARAMS, ["preset=digits"]), "here").evaluate, tmp_path / "none") is None
 
 
-def test_what_the_gate_asks_of_figures_is_what_they_state(tmp_path, encoder, clip_directory):  # noqa: F811
+def test_what_the_gate_asks_of_figures_is_what_they_state(tmp_path, encoder, clip_directory):
     config, statistics = config_of(), tmp_path / "statistics.npz"
     statistics.write_bytes(b"statistics")
     encode_set(tmp_path / "prompts", PromptSet(PROMPTS), encoder, settings(), {})

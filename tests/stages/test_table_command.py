@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from test_stage_sample import write_weights
 
 from ddops.cli import main
 from ddops.commands import table
@@ -15,7 +14,7 @@ from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.files import write_json
 from ddops.models.errors import CheckpointError
 from ddops.stages import paths
-from helpers.tiny import FAMILIES, PARAMS
+from helpers.tiny import FAMILIES, PARAMS, write_weights
 
 ROWS = ("teacher", "teacher_involved_1_3", "dd1_1step", "skip_4")
 COMMAND = ["table", "--rows", ",".join(ROWS), "--timing-batch", "2", "--timing-rounds", "1", "--ppl-samples", "20"]

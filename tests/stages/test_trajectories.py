@@ -1,15 +1,11 @@
 """The trajectory data set: what it holds, the same bytes after a kill as without one, and that damage is seen."""
 
-import atexit
 import errno
 import json
 import logging
 import os
-import shutil
 import signal
-import tempfile
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +23,6 @@ from ddops.trajectories import dataset as dataset_module
 from ddops.trajectories import mappers, memory
 from ddops.trajectories.dataset import TrajectoryDataset
 from ddops.trajectories.generate import (
-    Job,
     SavedTeacher,
     generate,
     generate_some,
@@ -39,38 +34,7 @@ from ddops.trajectories.mappers import in_this_process
 from ddops.trajectories.shards import DatasetError, SettingsDiffer, read_shard
 from ddops.trajectories.verify import problems
 from helpers.tiny import contents, kill_stage_in, tiny, untrained, write_tiny_params
-
-FAMILIES = ["llamagen", "var"]
-SEED = 11
-COUNTS = ["trajectories.count=44", "trajectories.shard_size=12", "trajectories.batch_size=5"]
-OVERRIDES = (*COUNTS, "trajectories.tolerance=0.01", f"seed={SEED}")
-NAMES = [*(f"shard-{number:05d}.safetensors" for number in range(4)), "manifest.json"]
-CODE_DIM = 8
-NO_CAPTIONS = Path("no-captions")
-
-
-@cache
-def teacher_files(family="llamagen"):
-    """Where the untrained teacher of a family is, for this process."""
-    config, (teacher, _) = tiny(family).teacher.model, untrained(family)
-    directory = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, directory)
-    files = directory / "tokenizer.safetensors", directory / "transformer.safetensors"
-    modules = teacher.tokenizer, teacher.transformer
-    for path, module, kind in zip(files, modules, (TOKENIZER, TRANSFORMER), strict=True):
-        save_weights(path, module.state_dict(), config, kind)
-    return files
-
-
-def job(directory, family="llamagen", *, seed=SEED, **changes):
-    config = tiny(family, *OVERRIDES)
-    trajectories = replace(config.trajectories, **changes)
-    return Job.of(SavedTeacher.of(*teacher_files(family), NO_CAPTIONS), trajectories, config.sampling, seed, directory)
-
-
-def make(directory, family="llamagen", *, anew=False, mapper=in_this_process, **changes):
-    generate(job(directory, family, **changes), replace=anew, mapper=mapper)
-    return directory
+from helpers.tiny_trajectories import CODE_DIM, FAMILIES, NAMES, OVERRIDES, SEED, job, make, teacher_files
 
 
 @pytest.fixture(scope="module")

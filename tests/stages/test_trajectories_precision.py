@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from test_trajectories import CODE_DIM, FAMILIES, NAMES, SEED, job, make
 
 from ddops.commands.arguments import load_preset
 from ddops.costs import passes
@@ -23,6 +22,7 @@ from ddops.trajectories.generate import generate, trajectory_labels, trajectory_
 from ddops.trajectories.mappers import processes
 from ddops.trajectories.shards import SettingsDiffer, read_manifest
 from helpers.tiny import PARAMS, contents, tiny, untrained
+from helpers.tiny_trajectories import CODE_DIM, FAMILIES, NAMES, SEED, job, make
 
 HALF = {"precision": "bfloat16"}
 SAMPLES = 200
