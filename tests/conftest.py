@@ -1,10 +1,15 @@
 """Shared by all tests."""
 
+import hypothesis
 import pytest
 import torch
 
 # Two threads on tiny tensors cost more than they give, and far more when the machine is busy.
 torch.set_num_threads(1)
+
+# The same examples everywhere and every time, and as long as they take on a machine that is busy.
+hypothesis.settings.register_profile("ddops", derandomize=True, deadline=None, max_examples=20, database=None)
+hypothesis.settings.load_profile("ddops")
 
 
 @pytest.fixture(scope="session")
