@@ -275,7 +275,9 @@ def test_memory_is_bounded_whatever_the_batch(solver, monkeypatch):
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)], ids=["plain", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[COMPILER, pytest.mark.rare])], ids=["plain", "compiled"]
+)
 def test_peak_memory_is_far_from_tokens_times_codes_times_width(compiled):
     """What the process needed at most while it solved, against the 512 MiB that (N, V, C) numbers would take."""
     noise, log_p, codebook = problem(1024, 4096, 32, dtype=torch.float32, sharpness=2.0)
@@ -291,6 +293,7 @@ def resident(key):
     return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 
+@pytest.mark.slow
 @COMPILER
 def test_the_compiled_map_is_the_plain_one():
     """Tokens at whose end rounding decides may differ; of 2,000 at most two."""
