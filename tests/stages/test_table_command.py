@@ -113,6 +113,7 @@ def test_every_row_has_the_papers_columns_and_says_what_it_is_of(finished, with_
     assert len([line for line in text.splitlines() if line.startswith("- ")]) == len(ROWS) - 1, "a claim a pair"
 
 
+@pytest.mark.slow
 def test_a_table_that_was_ended_half_way_goes_on_and_reads_the_same(with_table, judged, monkeypatch):
     whole = json.loads(RESULT.read_text())["rows"]
     RESULT.unlink()
@@ -139,9 +140,9 @@ def test_a_table_that_was_ended_half_way_goes_on_and_reads_the_same(with_table, 
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (lambda: settings("sampling.guidance=3.0"), "protocol"),
+        pytest.param(lambda: settings("sampling.guidance=3.0"), "protocol", marks=pytest.mark.slow),
         (lambda: settings("evaluate.seeds=[1]"), "protocol"),
-        (lambda: COMMAND.__setitem__(-1, "10"), "ppl"),
+        pytest.param(lambda: COMMAND.__setitem__(-1, "10"), "ppl", marks=pytest.mark.slow),
     ],
     ids=["sampling", "seeds", "paths"],
 )
@@ -153,6 +154,7 @@ def test_figures_of_other_settings_do_not_stay_in_the_table(with_table, judged, 
     assert judged == list(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [True, False])
 def test_what_the_pipeline_judged_by_this_protocol_is_taken_over(with_table, judged, same):
     result = json.loads(RESULT.read_text())
@@ -184,6 +186,7 @@ def test_the_clock_does_not_see_noise_being_made(workspace, judged, monkeypatch)
     assert drawn[0].shape == (4, 7, 3)
 
 
+@pytest.mark.slow
 def test_without_the_network_of_the_path_length_nothing_is_begun(workspace, judged, capsys, monkeypatch):
     def away(*_):
         raise CheckpointError("LPIPS needs VGG-16")
