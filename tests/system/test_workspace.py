@@ -66,8 +66,20 @@ def test_the_wheel_makes_a_workspace_that_trains_a_teacher(installed, tmp_path):
     (workspace / "params/preset/mine.yaml").write_text(own)
     run(workspace, installed, dvc, "exp", "run", "-S", "preset=mine", "captions")
     assert yaml.safe_load((workspace / "params.yaml").read_text())["seed"] == 7
-    assert "mine" in run(workspace, installed, "ddops", "presets")
-    assert "transformer" in run(tmp_path, installed, "ddops", "plan", "var_d16")
+    assert "1 were up to date" in run(workspace, installed, "ddops", "run", "mine", "--target", "captions")
+
+
+def test_presets_are_known_and_planned_where_there_is_no_workspace(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "preset").mkdir(parents=True)
+    (tmp_path / "mine/preset/own.yaml").write_text("# @package _global_\n# Mine. Not yours.\n")
+    assert main(["presets", "--params", "mine"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {"digits", "smoke", "var_d16", "llamagen_l_dd2"} <= set(lines)
+    assert lines["own"] == "Mine."
+    assert all(sentence.endswith(".") for sentence in lines.values())
+    assert main(["plan", "var_d16"]) == 0
+    assert "310.28 M parameters" in capsys.readouterr().out
 
 
 def test_the_clone_is_a_workspace_like_any_other():
