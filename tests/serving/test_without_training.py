@@ -18,6 +18,8 @@ from ddops.extras import EXTRA_OF
 from helpers.tiny_bundle import serving
 from helpers.without import environment_without, python_without
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ABSENT = [package for package, extra in EXTRA_OF.items() if extra != "serve"]
 """Of every other extra."""

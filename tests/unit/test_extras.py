@@ -48,6 +48,7 @@ def test_who_serves_installs_nothing_that_trains():
     assert requirements("serve") == {"onnxruntime", "pillow", "fastapi", "uvicorn", "prometheus-client"}
 
 
+@pytest.mark.slow
 def test_with_the_training_extra_every_module_imports_and_images_are_drawn(bundle, tmp_path):
     """All but the server and the flows, whose extras are their own."""
     absent = ["fastapi", "starlette", "uvicorn", "prometheus_client"]
@@ -73,6 +74,7 @@ def test_without_any_extra_a_pipeline_names_the_one_it_needs(tmp_path):
     assert "AttributeError: module 'ddops' has no attribute 'TwoStepPipeline'" in unknown.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "arguments", "extra"),
     [
