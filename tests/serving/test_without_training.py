@@ -2,12 +2,9 @@
 
 import hashlib
 import io
-import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +12,13 @@ from PIL import Image
 
 from ddops import OneStepPipeline
 from ddops.extras import EXTRA_OF
+from helpers.tiny import ROOT
 from helpers.tiny_bundle import serving
+from helpers.wheel import PIP, build_wheel
 from helpers.without import environment_without, python_without
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 ABSENT = [package for package, extra in EXTRA_OF.items() if extra != "serve"]
 """Of every other extra."""
 DRAW = """
@@ -108,21 +106,14 @@ def test_what_serving_can_do_with_more_names_the_extra(bundle, tmp_path, call, e
 @pytest.mark.rare
 def test_the_installed_wheel_serves(bundle, tmp_path, record_property):
     """`pip install 'WHEEL[serve]'` in an empty environment: no training stack comes along, and an image is drawn."""
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
-    subprocess.run([sys.executable, "-m", *build], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python, clean = str(tmp_path / "venv/bin/python"), {**os.environ, "PYTHONPATH": ""}
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    install = [*pip, "install", "--quiet", "--constraint", str(ROOT / "constraints.txt"), f"{wheel}[serve]"]
-    subprocess.run(install, env=clean, check=True)
+    install = ["--constraint", str(ROOT / "constraints.txt"), f"{build_wheel(tmp_path)}[serve]"]
+    subprocess.run([python, *PIP, "install", *install], env=clean, check=True)
 
-    listed = subprocess.run([*pip, "list", "--format=json"], env=clean, check=True, capture_output=True, text=True)
-    names = {each["name"].lower() for each in json.loads(listed.stdout)} - {"pip", "setuptools"}
+    code = "import importlib.metadata as m; print(*{each.name.lower() for each in m.distributions()})"
+    listed = subprocess.run([python, "-c", code], env=clean, check=True, capture_output=True, text=True)
+    names = {*listed.stdout.split()} - {"pip", "setuptools"}
     assert not names & {"torch", "torchvision", "dvc", "prefect", "onnx", "scikit-learn", "matplotlib", "safetensors"}
     size = sum(path.stat().st_size for path in (tmp_path / "venv").rglob("*") if path.is_file()) / 1e6
     record_property("megabytes", size)
