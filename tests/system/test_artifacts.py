@@ -75,11 +75,9 @@ def in_production(workspace, metrics):
 
 
 def at_head(workspace, metrics):
-    """As the figures of a DVC project's last commit."""
+    """As the figures of a project's last commit."""
     workspace.mkdir()
     tiny_pipeline.git(workspace, "init", "--quiet")
-    tiny_pipeline.python(workspace, "-m", "dvc", "init", "--quiet")
-    (workspace / "dvc.yaml").write_text("metrics: [reports/metrics.json]\n")
     write(workspace, artifacts.paths.METRICS, metrics)
     tiny_pipeline.git(workspace, "add", "--all")
     tiny_pipeline.git(workspace, "commit", "--quiet", "--message", "production")

@@ -195,15 +195,17 @@ def test_a_run_promotes_what_passed_and_the_next_leaves_it_there(workspace):
 
 def test_metrics_and_plots_show_without_a_network(workspace):
     metrics = json.loads(run(workspace, "dvc", "metrics", "show", "--json"))[""]["data"]
-    assert metrics["reports/metrics.json"]["data"]["dd1_1step"]["fid"] > 0
+    assert list(metrics) == [str(paths.SUMMARY)], "one file, whose figures fit into a line"
+    assert metrics[str(paths.SUMMARY)]["data"]["fid"] > 0
+    assert max(map(len, run(workspace, "dvc", "metrics", "show").splitlines())) <= 160
     run(workspace, "dvc", "plots", "show")
     page = (workspace / "dvc_plots" / "index.html").read_text()
     loaded = Loaded(page)
     assert loaded.references == []
-    assert loaded.scripts >= 3 + 7
-    assert page.count("vegaEmbed('#") == 7
+    assert loaded.scripts >= 3 + 9
+    assert page.count("vegaEmbed('#") == 9
     assert "cdn." not in page
-    for name in ("loss", "cross_entropy", "fid_1step", "fid_2step", "reconstruction_error"):
+    for name in ("row", "loss", "cross_entropy", "fid_1step", "fid_2step", "reconstruction_error"):
         assert name in page
 
 
