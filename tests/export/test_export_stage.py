@@ -36,8 +36,9 @@ def few():
 def judged(few, bundle, tmp_path, monkeypatch):
     """A workspace up to the export: a student, a judge, and the samples that PyTorch drew of the protocol's seed."""
     monkeypatch.chdir(tmp_path)
-    evaluate = ["evaluate.samples_per_image=1", "evaluate.seeds=[3]", "export.student=dd1", "export.parity_count=4"]
-    values = compose(PARAMS, [*FAMILIES["llamagen"], *evaluate])
+    evaluate = ["evaluate.samples_per_image=1", "evaluate.seeds=[3]", "evaluate.kid.subset_size=100"]
+    export = ["export.student=dd1", "export.parity_count=4"]
+    values = compose(PARAMS, [*FAMILIES["llamagen"], *evaluate, *export])
     config = validate(values, "judged")
     write_params(values, tmp_path / "params.yaml")
     for source, place in (("student", paths.DD1_STUDENT), ("tokenizer", paths.TOKENIZER)):
