@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("launch")  # which shares the forked traini
 
 STEPS = [
     f"teacher.{part}.{setting}"
-    for part, steps in (("tokenizer_training", 12), ("training", 240))
+    for part, steps in (("tokenizer_training", 12), ("training", 400))
     for setting in (f"steps={steps}", "warmup_steps=2", "processes=2", "checkpoint_every=40", "log_every=40")
 ]
 """So many of the second that there is time to kill it."""
