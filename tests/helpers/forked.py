@@ -49,8 +49,8 @@ def _become(module, arguments, cwd, env, output, errors):
     try:
         os.dup2(output, 1)
         os.dup2(errors, 2)
-        sys.stdin = open(os.devnull)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(env)
