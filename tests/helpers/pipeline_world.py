@@ -27,12 +27,12 @@ def environment(workspace):
     )
 
 
-def run(workspace, *command, fails=False):
-    """Output of a command, both streams together."""
+def run(workspace, *command, fails=False, **more):
+    """Output of a command, both streams together; ``more`` is added to its environment."""
     result = subprocess.run(
         command,
         cwd=workspace,
-        env=environment(workspace),
+        env={**environment(workspace), **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,6 +8,7 @@ from ddops.config.evaluation import GateOverride
 from ddops.evaluation.gate import Check, Decision, Verdict
 from ddops.flows import artifacts
 from helpers import tiny_pipeline
+from helpers.repository import make_repository
 
 STALE = Check("the figures are of this dd1", passed=False, detail="the figures are of aaaa, in hand is bbbb")
 FRESH = Check("the figures are of this teacher", passed=True, detail="cccc")
@@ -76,9 +77,7 @@ def in_production(workspace, metrics):
 
 def at_head(workspace, metrics):
     """As the figures of a DVC project's last commit."""
-    workspace.mkdir()
-    tiny_pipeline.git(workspace, "init", "--quiet")
-    tiny_pipeline.python(workspace, "-m", "dvc", "init", "--quiet")
+    make_repository(workspace)
     (workspace / "dvc.yaml").write_text("metrics: [reports/metrics.json]\n")
     write(workspace, artifacts.paths.METRICS, metrics)
     tiny_pipeline.git(workspace, "add", "--all")
