@@ -1,5 +1,8 @@
 """Shared by all tests."""
 
+import fcntl
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -14,10 +17,18 @@ hypothesis.settings.load_profile("ddops")
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
-    """A bundle of a tiny one-step student. Not to be changed."""
+    """A bundle of a tiny one-step student, one for all of xdist's processes. Not to be changed."""
     from helpers.tiny_bundle import make_bundle  # loads ONNX, which few tests need
 
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "one-bundle"
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "made").exists():
+            make_bundle(directory / "bundle")
+            (directory / "made").touch()
+    return directory / "bundle"
 
 
 @pytest.fixture(scope="session")

@@ -160,6 +160,7 @@ def test_tritons_configuration_names_the_inputs(t2i_bundle, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_server_draws_prompts_and_holds_its_limits(t2i_bundle, sources, tmp_path):
     with serving(t2i_bundle, tmp_path / "log", "--set", "max_prompt=60") as server, server.client() as client:
 

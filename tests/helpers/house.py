@@ -1,6 +1,7 @@
 """What the tests of the project's own structure read: the package's files and the pipeline's stages."""
 
 import ast
+import importlib
 from functools import cache
 from pathlib import Path
 
@@ -25,3 +26,13 @@ def imported_names(file):
             assert node.level == 0, f"{file}:{node.lineno}: a relative import hides what it imports"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def run_stage_call(name):
+    """What the module of a stage hands to ``run_stage``: the stage, and the section whose trainings it runs."""
+    module = importlib.import_module(f"ddops.stages.{name}")
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run_stage":
+            options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+            return getattr(module, node.args[0].id), options.get("trains")
+    raise AssertionError(f"{name} does not call run_stage")

@@ -75,9 +75,12 @@ def write_tiny_params(directory: Path, *overrides: str) -> None:
     write_params(compose(PARAMS, ["preset=smoke", *SIZES, *overrides]), directory / "params.yaml")
 
 
-def kill_stage_in(workspace: Path, stage: str, *, suffix: str, number: int) -> None:
-    """Run a stage's command line and SIGKILL it as its n-th file of a suffix, already written, would take its place."""
-    command = [sys.executable, "-c", KILLED_AT_A_FILE, f"ddops.stages.{stage}", suffix, str(number)]
+def kill_stage_in(workspace: Path, stage: str, *, suffix: str, number: int, first: str = "") -> None:
+    """Run a stage's command line and SIGKILL it as its n-th file of a suffix, already written, would take its place.
+
+    ``first`` is code that runs before the stage.
+    """
+    command = [sys.executable, "-c", first + KILLED_AT_A_FILE, f"ddops.stages.{stage}", suffix, str(number)]
     # As many threads as this process has: rounding depends on it.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     result = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)

@@ -109,9 +109,3 @@ def serving(place: Path, log: Path, *arguments: str, wait: bool = True, **enviro
 def pixels(pipe: OneStepPipeline, labels: Any, **options: Any) -> np.ndarray:
     """The images as integers (N, H, W) or (N, H, W, channels)."""
     return np.stack([np.asarray(image) for image in pipe(labels, **options).images]).astype(int)
-
-
-def stage(workspace: Path, name: str) -> subprocess.CompletedProcess[str]:
-    """A stage's command line in a workspace."""
-    command = [sys.executable, "-m", f"ddops.stages.{name}"]
-    return subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)

@@ -214,7 +214,7 @@ def test_the_stage_writes_its_decision_either_way(workspace: Path) -> None:
     run_gate()
     assert json.loads(paths.GATE_DECISION.read_text())["outcome"] == "accepted"
     paths.DD2_GENERATOR.write_text("another training")
-    with pytest.raises(StageError, match=r"the figures are of this dd2: .*\nNothing was exported"):
+    with pytest.raises(StageError, match=r" dd2: "):
         run_gate()
     assert json.loads(paths.GATE_DECISION.read_text())["outcome"] == "refused"
     paths.DD2_GENERATOR.unlink()
@@ -227,7 +227,7 @@ def test_figures_drawn_with_other_settings_are_stale(workspace: Path, change: st
     """The weights are the same, the images are not."""
     run_gate()
     write_params(compose(PARAMS, ["preset=smoke", change]), paths.PARAMS)
-    with pytest.raises(StageError, match="the protocol's drawing_sha256: the figures have"):
+    with pytest.raises(StageError, match="drawing_sha256"):
         run_gate()
     assert main(["override", "--by", "Ada", "--reason", "never mind"]) == 1
 
@@ -248,7 +248,7 @@ def test_a_reference_that_was_replaced_makes_the_figures_stale(workspace: Path) 
     write_json(paths.METRICS, {**metrics, "dd1_1step": {"fid": 3.0}})
     run_gate()
     statistics.write_bytes(b"of others")
-    with pytest.raises(StageError, match="the protocol's reference_sha256: the figures have"):
+    with pytest.raises(StageError, match="reference_sha256"):
         run_gate()
     statistics.unlink()
     with pytest.raises(CheckpointError, match=r"statistics\.npz"):
@@ -284,7 +284,7 @@ def test_an_override_by_command_is_for_the_refused_model_alone(
         run_gate()
     assert "ddops override" not in str(refusal.value)
     assert main(arguments) == 1
-    assert "dd2_1step.fid: missing or not a number, which cannot be overridden" in capsys.readouterr().err
+    assert "dd2_1step.fid" in capsys.readouterr().err
     paths.METRICS.write_text(figures)
     with pytest.raises(StageError, match="ddops override --reason WHY"):
         run_gate()

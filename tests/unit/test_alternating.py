@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
         def guidance(self, generator, guidance, count):
             return {"loss": super().guidance(generator, guidance, count)["loss"] * float("nan")}
 
-    with pytest.raises(TrainingDiverged, match=r"toy: not a number.* Lower the guidance\.learning_rate"):
+    with pytest.raises(TrainingDiverged, match=r"toy: .* guidance\.learning_rate"):
         run(tmp_path, Broken())
 
 

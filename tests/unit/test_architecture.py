@@ -1,7 +1,5 @@
 """The map of the house: who may import whom, and that dvc.yaml says what the stages do."""
 
-import ast
-import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 
 from ddops.stages import paths
 from ddops.stages.common import sections
-from helpers.house import DVC, PACKAGE, STAGES, imported_names
+from helpers.house import DVC, PACKAGE, STAGES, imported_names, run_stage_call
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -173,15 +171,6 @@ CONSTANTS = {
 }
 
 
-def stage_function(name):
-    """What the stage's module hands to ``run_stage``."""
-    module = importlib.import_module(f"ddops.stages.{name}")
-    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run_stage":
-            return getattr(module, node.args[0].id)
-    raise AssertionError(f"{name} does not call run_stage")
-
-
 def test_every_stage_module_is_a_stage_and_the_other_way_round():
     modules = {file.stem for file in (PACKAGE / "stages").glob("*.py")} - {"__init__", *HELPERS}
     assert modules == set(STAGES)
@@ -191,7 +180,7 @@ def test_every_stage_module_is_a_stage_and_the_other_way_round():
 def test_a_stage_declares_the_parameters_it_reads():
     """A section read and not declared would not re-run the stage; declared and not read, it would do so for nothing."""
     declared = {name: (sorted(stage["params"][:-1]), stage["params"][-1]) for name, stage in STAGES.items()}
-    read = {name: (sorted(sections(stage_function(name))), {"recipes.yaml": [name]}) for name in STAGES}
+    read = {name: (sorted(sections(run_stage_call(name)[0])), {"recipes.yaml": [name]}) for name in STAGES}
     assert declared == read
 
 
