@@ -50,6 +50,7 @@ def test_what_is_copied_exists_and_nothing_runs_as_root(file):
     assert [line.split()[1] for line in lines[last:] if line.startswith("USER")] == ["10001"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["Dockerfile", "Dockerfile.cuda"])
 def test_what_the_servers_images_copy_is_a_package(file, tmp_path):
     """Built as they build it, from these files alone; the page and the other files that are no Python go along."""
@@ -102,6 +103,7 @@ def test_the_servers_arguments_are_understood(name, capsys, monkeypatch):
     assert "/models/production: no bundle there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_probes_are_answered(bundle, tmp_path):
     arguments = container()["args"]
     settings = arguments[arguments.index("--set") :]
@@ -168,6 +170,7 @@ def test_the_workers_image_is_a_checkout():
     assert f"workspace:{workspace}" in COMPOSE["services"]["worker"]["volumes"]
 
 
+@pytest.mark.slow
 def test_the_worker_starts_with_its_remote_and_its_deployments(tmp_path):
     """The script as the container runs it, in a checkout, with the settings of the compose file; Python, which would
     speak to Prefect's server, only writes down what it is asked."""

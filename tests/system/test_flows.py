@@ -187,6 +187,7 @@ def reproduce(workspace, behaviour, **stage):
     return result, heard
 
 
+@pytest.mark.slow
 def test_what_becomes_of_a_stage(pipeline):
     """One after the other in one workspace: each failure leaves it as it was, so the stage runs again."""
     result, _ = reproduce(pipeline, {"exit": 1, "say": ["reading", "Traceback", "ValueError: no such class"]})

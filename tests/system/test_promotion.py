@@ -146,6 +146,7 @@ def retrain(content: str) -> None:
     commit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repository", [True], indirect=True, ids=["processes"])
 def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["production"]) == 0
