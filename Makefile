@@ -29,7 +29,7 @@ reproduce: $(READY)
 	@echo "ONNX model    $(CURDIR)/artifacts/onnx/model.onnx"
 
 prefect: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m ddops.flows.up
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ddops prefect
 
 prefect-worker: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m ddops.flows.worker

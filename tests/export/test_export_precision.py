@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from ddops import OneStepPipeline
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.engines import build_engines
 from ddops.export.errors import ExportError
@@ -17,7 +18,6 @@ from ddops.export.onnx import export_onnx
 from ddops.export.parity import measure_parity, onnx_drawer
 from ddops.export.precision import KINDS, PRODUCTS, widen_products
 from ddops.export.session import open_session, run_session
-from ddops.inference import OneStepPipeline
 from helpers.exports import exported_case, inputs
 from helpers.tiny import untrained
 from helpers.tiny_bundle import make_bundle

@@ -16,7 +16,7 @@ from ddops.evaluation.images import to_uint8
 from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.evaluation.protocols import open_protocol
 from ddops.evaluation.samples import open_samples, write_samples
-from ddops.export.bundle import load_graph
+from ddops.export.graph import load_graph
 from ddops.files import sha256_file, write_json
 from ddops.stages import paths
 from ddops.stages.export_onnx import judge_exported

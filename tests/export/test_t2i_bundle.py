@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddops import OneStepPipeline
 from ddops.captions.pretrained import TextEncoder
 from ddops.config.captions import DigitsPromptsConfig, EncodedCaptionsConfig, PromptSets, SeededEncoderConfig
 from ddops.config.stages import ProfileConfig
@@ -17,7 +18,6 @@ from ddops.export.bundle import Sources, write_bundle
 from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import read_manifest
 from ddops.export.triton import write_model_repository
-from ddops.inference import OneStepPipeline
 from ddops.models.conditions import Captions, pad_left
 from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.models.llamagen_tokenizer import LlamaGenTokenizer

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddops import OneStepPipeline
 from ddops.captions.conditions import open_conditions
 from ddops.captions.digits import NUMERALS
 from ddops.cli import main
@@ -14,7 +15,6 @@ from ddops.config.load import compose, validate, write_params
 from ddops.data import digits
 from ddops.evaluation.samples import open_samples
 from ddops.files import sha256_json
-from ddops.inference import OneStepPipeline
 from ddops.models.weights import load_student
 from ddops.stages import (
     ar_diffusion,
