@@ -176,6 +176,7 @@ def test_provenance_names_preset_commit_weights_and_licence(tmp_path):
     lock.write_text(json.dumps({"stages": {"distill_dd1": {"outs": [{"path": "dd1", "md5": "abc.dir"}]}}}))
     facts = provenance("digits", export, student, lock)
     assert "ddops.git_commit" not in facts
+    assert facts["ddops.git_commit_missing"] == "not in a Git repository"
     assert facts["ddops.dvc_md5"] == "abc.dir"
     assert (facts["ddops.preset"], facts["ddops.license"]) == ("digits", "MIT")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", "-C", str(tmp_path)]

@@ -30,6 +30,8 @@ from helpers.llamagen_helpers import SMALL_CAPTIONS, randomised
 from helpers.tiny import tiny
 from helpers.tiny_bundle import serving
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("t2i")]
+
 DIGITS = DigitsPromptsConfig(source="digits")
 SETTINGS = EncodedCaptionsConfig(
     source="encode",
@@ -160,7 +162,6 @@ def test_tritons_configuration_names_the_inputs(t2i_bundle, tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_the_server_draws_prompts_and_holds_its_limits(t2i_bundle, sources, tmp_path):
     with serving(t2i_bundle, tmp_path / "log", "--set", "max_prompt=60") as server, server.client() as client:
 

@@ -50,7 +50,7 @@ SIZES = {
     "dd1": {"evaluate_every": 20, "evaluate_count": 200, "perceptual.batch_size": 4},
     "dd2": {"evaluate_every": 4, "evaluate_count": 200, "min_diversity": 0.0, "min_recall": 0.0},
     "dd2.guidance": {"alignment_steps": 2, "updates": 1, "batch_size": 32},
-    "evaluate": {"samples_per_image": 1, "seeds": "[1]"},
+    "evaluate": {"samples_per_image": 1, "seeds": "[1]", "kid.subset_size": 100},
     "export": {"parity_count": 8, "max_fid_loss": 0.5},
     **{name: BRIEF | dict.fromkeys(("steps", "checkpoint_every", "log_every"), steps) for name, steps in STEPS.items()},
 }

@@ -76,9 +76,8 @@ def in_production(workspace, metrics):
 
 
 def at_head(workspace, metrics):
-    """As the figures of a DVC project's last commit."""
+    """As the figures of a project's last commit."""
     make_repository(workspace)
-    (workspace / "dvc.yaml").write_text("metrics: [reports/metrics.json]\n")
     write(workspace, artifacts.paths.METRICS, metrics)
     tiny_pipeline.git(workspace, "add", "--all")
     tiny_pipeline.git(workspace, "commit", "--quiet", "--message", "production")

@@ -44,6 +44,7 @@ def test_the_wheel_makes_a_workspace_that_trains_a_teacher(installed, tmp_path):
     workspace = tmp_path / "work"
     assert yaml.safe_load((workspace / "params.yaml").read_text())["preset"] == "smoke"
     assert run(workspace, installed, "git", "status", "--porcelain") == ""
+    assert all((workspace / name).is_file() for name in template_files()), "dvc init deletes what is in .dvc"
     dvc = str(Path(sys.executable).with_name("dvc"))
     assert "teacher: 100%" in run(workspace, installed, dvc, "repro", "teacher")
     assert (workspace / "artifacts/teacher/transformer.safetensors").is_file()

@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "files": set(),
     "extras": set(),
+    "git": set(),
     "lock": set(),
     "production": {"files"},
     "torchvision_compat": set(),
@@ -36,9 +37,10 @@ MAY_IMPORT = {
     "distill": {"config", "models", "flow", "sampling", "losses", "training", "trajectories"},
     "costs": {"config", "models", "flow", "sampling", "losses", "training", "trajectories", "pretrain", "distill"},
     "evaluation": {
-        *("config", "files", "data", "models", "captions", "flow", "sampling", "trajectories", "torchvision_compat"),
+        *("config", "files", "git", "data", "models", "captions", "flow", "sampling", "trajectories"),
+        "torchvision_compat",
     },
-    "export": {"class_names", "config", "extras", "files", "models", "captions", "sampling"},
+    "export": {"class_names", "config", "extras", "files", "git", "models", "captions", "sampling"},
     "inference": {"class_names", "config", "extras", "files", "models", "captions", "sampling", "export"},
     "serving": {"class_names", "config", "files", "production", "export", "inference"},
     "stages": {
@@ -50,7 +52,7 @@ MAY_IMPORT = {
         *("trajectories", "workspace", "lock", "production", "costs", "evaluation", "export", "inference", "serving"),
         "stages",
     },
-    "flows": {"config", "extras", "lock", "evaluation", "stages"},
+    "flows": {"config", "extras", "git", "lock", "evaluation", "stages"},
     "cli": {
         *(
             "workspace",
@@ -71,7 +73,7 @@ MAY_IMPORT = {
 ONLY_HERE = {
     "dvclive": {"training/curves.py"},
     "hydra": {"config/load.py"},
-    "torch_fidelity": {"evaluation/inception.py", "evaluation/metrics.py"},
+    "torch_fidelity": {"evaluation/fidelity.py", "evaluation/inception.py"},
     "lpips": {"losses/perceptual.py"},
     "torchvision": {"class_names.py"},
     "distributed": {"trajectories/mappers.py"},

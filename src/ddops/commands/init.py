@@ -129,11 +129,13 @@ def _in_repository() -> bool:
 
 
 def _init_dvc() -> None:
-    """DVC's directory around the configuration that lies there already."""
-    config = Path(".dvc/config").read_bytes()
+    """DVC's directory around the files that lie there already, which DVC would delete."""
+    kept = {path: path.read_bytes() for path in Path(".dvc").rglob("*") if path.is_file()}
     at_the_top = Path(git("rev-parse", "--show-toplevel")).resolve() == Path.cwd().resolve()
     dvc("init", "--quiet", "--force", *([] if at_the_top else ["--subdir"]))
-    Path(".dvc/config").write_bytes(config)
+    for path, content in kept.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def _commit() -> bool:
