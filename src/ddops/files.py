@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+_MARKUP: Final = re.compile(rb"<(!doctype|!--|\?xml|(html|head|body|script|meta|title|error)\b)")
 
 
 @contextmanager
@@ -53,8 +56,16 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def looks_like_html(path: Path) -> bool:
-    """Whether a file begins as web pages do."""
+def mistaken_for(path: Path) -> str | None:
+    """What a file is that a server or a clone left in the place of another; None where nothing says so."""
     with path.open("rb") as file:
-        start = file.read(512).lstrip().lower()
-    return start.startswith((b"<!doctype html", b"<html"))
+        start = file.read(512)
+    # Without byte order marks and the zeros of UTF-16.
+    text = start.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").replace(b"\0", b"").lstrip().lower()
+    if not start:
+        return "empty"
+    if _MARKUP.match(text):
+        return "an HTML page or an XML message (of a proxy, a login or a storage?)"
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a Git LFS pointer, not the file it points to (git lfs pull fetches that)"
+    return None

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "workspace": {"config", "files"},
     "flow": {"config"},
     "models": {"config", "files", "flow"},
-    "hub": {"config", "files", "models"},
+    "hub": {"config", "files", "lock", "models"},
     "captions": {"config", "files", "data", "models", "torchvision_compat"},
     "sampling": {"config", "models", "flow"},
     "losses": {"config", "models", "torchvision_compat"},

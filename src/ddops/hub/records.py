@@ -65,7 +65,9 @@ class HubRecords:
 
     def source(self, repo: str, name: str) -> str:
         """Which of the two says so."""
-        return "ddops' own manifest" if self._file(self.manifest, repo, name) else str(self.path)
+        if self._file(self.manifest, repo, name):
+            return "ddops' own manifest"
+        return f"{self.path}; if what it recorded was wrong, delete the file's entry there"
 
     def commit(self, repo: str, revision: str) -> str | None:
         """The commit that a branch or tag is pinned to, if it is."""
