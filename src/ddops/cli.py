@@ -28,9 +28,10 @@ from ddops.export.errors import BundleError, ExportError
 from ddops.lock import HeldError
 from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
+from ddops.reports import ReportError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
 
-EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError)
+EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, ReportError, BundleError, ExportError)
 """Errors whose message says what to do."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextvars
-import json
 import os
 import queue
 import threading
@@ -27,6 +26,8 @@ from prefect.artifacts import (
 from ddops.evaluation.gate import comparable
 from ddops.flows.dvc import DvcError, metrics_beside
 from ddops.flows.progress import Progress
+from ddops.production import Registry
+from ddops.reports import read_decision, read_metrics
 from ddops.stages import paths
 
 UPDATE_SECONDS = 2.0
@@ -131,9 +132,8 @@ def metrics_table(workspace: Path, production: str | None) -> None:
 
 def read_registry(workspace: Path) -> dict[str, Any]:
     """Which model is in production: ``current``, ``versions``, ``history``."""
-    path = workspace / paths.PRODUCTION
-    registry: dict[str, Any] = {"current": None, "versions": {}, "history": []}
-    return json.loads(path.read_text()) if path.exists() else registry
+    registry = Registry.load(workspace / paths.PRODUCTION)
+    return {"current": registry.current, "versions": registry.versions, "history": registry.history}
 
 
 def _beside_revision(workspace: Path, revision: str) -> tuple[dict[str, dict[str, dict[str, Any]]], str]:
@@ -145,7 +145,7 @@ def _beside_revision(workspace: Path, revision: str) -> tuple[dict[str, dict[str
 
 def _beside(workspace: Path, old: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     known = dict(_flat(old))
-    metrics = dict(_flat(json.loads((workspace / paths.METRICS).read_text())))
+    metrics = dict(_flat(read_metrics(workspace / paths.METRICS)))
     names = dict.fromkeys([*metrics, *known])
     return {str(paths.METRICS): {name: {"new": metrics.get(name), "old": known.get(name)} for name in names}}
 
@@ -190,7 +190,7 @@ def _shown(value: Any) -> str:
 
 def gate_decision(workspace: Path, production: str | None) -> None:
     """What the gate decided, who overrode it and why, the checks that failed, and every rule's verdict."""
-    decision = json.loads((workspace / paths.GATE_DECISION).read_text())
+    decision = read_decision(workspace / paths.GATE_DECISION)
     override = decision["override"]
     lines = [
         HEADINGS[decision["outcome"]],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ddops.config.evaluation import EvaluateConfig
+from ddops.evaluation.rows import RECONSTRUCTION
 from ddops.evaluation.ruler import open_ruler
 from ddops.evaluation.samples import open_samples
 from ddops.files import write_json, write_text
+from ddops.reports import read_samples_manifest
 from ddops.stages import paths
 from ddops.stages.common import StageError, require, run_stage
 from ddops.stages.statistics import asked, statistics_file
@@ -33,11 +34,15 @@ def evaluate(evaluate: EvaluateConfig) -> None:
         statistics_file(evaluate),
         asked(evaluate, paths.EVALUATE_CAPTIONS),
     )
-    manifest = json.loads(require(paths.SAMPLES_MANIFEST, "sample").read_text())
+    manifest = read_samples_manifest(require(paths.SAMPLES_MANIFEST, "sample"))
     directories = sorted(path for path in paths.SAMPLES.iterdir() if path.is_dir())
     if not directories:
         raise StageError(f"{paths.SAMPLES} holds no samples: they are made by the stage sample")
 
+    if strange := {path.name for path in directories} - {RECONSTRUCTION, *manifest["rows"]}:
+        raise StageError(
+            f"{paths.SAMPLES_MANIFEST}: says nothing of {', '.join(sorted(strange))}; run dvc repro sample again"
+        )
     rows: dict[str, dict[str, Any]] = {}
     for directory in tqdm(directories, desc="evaluate", unit="row"):
         runs = []

@@ -4,7 +4,6 @@ image by image, and by the figures of the protocol.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ddops.export.session import open_session, run_session
 from ddops.files import write_json
 from ddops.models.conditions import flat
 from ddops.models.weights_dd2 import load_generator
+from ddops.reports import read_decision, read_metrics
 from ddops.stages import paths
 from ddops.stages.common import StageError, require, run_stage
 from ddops.stages.statistics import asked, statistics_file
@@ -39,10 +39,10 @@ def export(preset: str, dd1: DD1Config, dd2: DD2Config, evaluate: EvaluateConfig
     Raises:
         StageError: the gate refused the model, the graph differs from PyTorch, or its FID is worse by too much.
     """
-    gate = json.loads(require(paths.GATE_DECISION, "gate").read_text())
+    gate = read_decision(require(paths.GATE_DECISION, "gate"))
     if not gate["passed"]:
         raise StageError(f"the gate refused this model ({paths.GATE_DECISION}): nothing is exported")
-    metrics = json.loads(require(paths.METRICS, "evaluate").read_text())
+    metrics = read_metrics(require(paths.METRICS, "evaluate"))
     if export.row not in metrics:
         raise StageError(f"{paths.METRICS} has no row {export.row}: a model that was not judged is not exported")
     student = require(paths.STUDENTS[export.student], f"distill_{export.student}")

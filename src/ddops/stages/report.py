@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ddops.config.stages import ExportConfig
 from ddops.evaluation.provenance import provenance
-from ddops.evaluation.report import FACTS, chart, embed_png, grids, read_curve, render, table, title
+from ddops.evaluation.report import chart, embed_png, grids, read_curve, render, table, title
 from ddops.files import write_text
+from ddops.reports import FACTS, read_decision, read_export, read_judge, read_metrics
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
 
 
 def report(preset: str, seed: int, export: ExportConfig) -> None:
     """Write ``reports/index.html`` and ``reports/model_card.md``, of a refused model too."""
-    metrics = json.loads(require(paths.METRICS, "evaluate").read_text())
-    decision = json.loads(require(paths.GATE_DECISION, "gate").read_text())
+    metrics = read_metrics(require(paths.METRICS, "evaluate"))
+    decision = read_decision(require(paths.GATE_DECISION, "gate"))
     values = {
         "preset": preset,
         "seed": seed,
@@ -25,9 +25,9 @@ def report(preset: str, seed: int, export: ExportConfig) -> None:
         "table": table(metrics),
         "protocol": metrics["protocol"],
         "samples": max(row["samples"] for name, row in metrics.items() if name not in FACTS),
-        "judge": json.loads(require(paths.FEATURES_METRICS, "features").read_text()),
+        "judge": read_judge(require(paths.FEATURES_METRICS, "features")),
         "decision": decision,
-        "export": json.loads(paths.EXPORT_METRICS.read_text()) if decision["passed"] else None,
+        "export": read_export(paths.EXPORT_METRICS) if decision["passed"] else None,
         "provenance": provenance(metrics),
     }
     pictures = {

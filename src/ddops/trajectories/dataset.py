@@ -12,7 +12,7 @@ from torch import Tensor
 from ddops.files import sha256_file
 from ddops.sampling.noise import NOISE_VERSION
 from ddops.trajectories.generate import trajectory_noise
-from ddops.trajectories.shards import DatasetError, read_manifest, read_shard
+from ddops.trajectories.shards import DatasetError, differences, read_manifest, read_shard
 
 NOISE_CACHE_BYTES = 1 << 28
 """Noise is kept in memory when all of it fits into this; else it is computed batch by batch."""
@@ -50,6 +50,10 @@ class TrajectoryDataset:
             if not path.is_file() or sha256_file(path) != shard["sha256"]:
                 raise DatasetError(f"{path}: missing or altered since the manifest was written; generate it again")
             read = read_shard(path)
+            if different := differences(read.settings, manifest["settings"]):
+                raise DatasetError(f"{path}: made with other settings than the manifest says: {different}")
+            if (read.first, len(read.labels_N)) != (shard["first"], shard["count"]):
+                raise DatasetError(f"{path}: does not hold the samples that the manifest says; generate it again")
             labels.append(read.labels_N)
             ids.append(read.ids_NL)
         self.seed: int = manifest["settings"]["seed"]

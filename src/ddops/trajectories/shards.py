@@ -11,19 +11,42 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from typing_extensions import TypedDict
 
-from ddops.files import atomic_path, sha256_file, sha256_json, write_json
+from ddops.files import atomic_path, read_json, sha256_file, sha256_json, write_json
 
 FORMAT_VERSION = 2
 HEADER = "ddops.trajectories"
 MANIFEST = "manifest.json"
+
+_WAY_OUT = "delete it and run the trajectories stage"
+
+
+class _Entry(TypedDict):
+    name: str
+    first: int
+    count: int
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    fingerprint: str
+    settings: dict[str, Any]
+    count: int
+    shards: list[_Entry]
+
+
+_MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
+_VERSION: TypeAdapter[Any] = TypeAdapter(TypedDict("_Version", {"format_version": int}))
 
 Labels = NDArray[np.uint16] | NDArray[np.uint32]
 
@@ -91,7 +114,7 @@ def read_shard(path: Path) -> Shard:
             header = json.loads((file.metadata() or {})[HEADER])
             tensors = file.get_tensor("labels"), file.get_tensor("ids")
             return Shard(*tensors, header["first"], header["settings"], header["seal"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
         raise DatasetError(f"{path}: not a readable shard ({error!r}); generate again, it alone is replaced") from error
 
 
@@ -153,11 +176,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise DatasetError(f"{path}: format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
-        return manifest
+        version = read_json(path, _VERSION, _WAY_OUT, DatasetError)["format_version"]
+        if version != FORMAT_VERSION:
+            raise DatasetError(f"{path}: format {version}, this version reads {FORMAT_VERSION}; {_WAY_OUT}")
+        manifest: dict[str, Any] = read_json(path, _MANIFEST, _WAY_OUT, DatasetError)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no manifest, the data set is incomplete; run the trajectories stage") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: damaged ({error!r}); delete it and run the trajectories stage") from error
+    shards = manifest["shards"]
+    if manifest["fingerprint"] != sha256_json(manifest["settings"]):
+        raise DatasetError(f"{path}: damaged (its settings are not those it was written with); {_WAY_OUT}")
+    if shards and not {"seed", "noise_version", "batch_size"} <= manifest["settings"].keys():
+        raise DatasetError(f"{path}: damaged (its settings lack the seed, the noise or the batch); {_WAY_OUT}")
+    firsts = list(accumulate((shard["count"] for shard in shards), initial=0))
+    if [shard["first"] for shard in shards] != firsts[:-1] or manifest["count"] != firsts[-1]:
+        raise DatasetError(f"{path}: damaged (its shards do not add up); {_WAY_OUT}")
+    return manifest
