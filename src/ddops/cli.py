@@ -12,8 +12,10 @@ from ddops.commands import (
     compose,
     export,
     fetch,
+    init,
     override,
     plan,
+    presets,
     promote,
     run,
     sample,
@@ -30,8 +32,14 @@ from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
 from ddops.reports import ReportError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
+from ddops.workspace.files import WorkspaceError
 
-EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, ReportError, BundleError, ExportError)
+MODULES = (init, presets, compose, run, plan, fetch, sample, trajectories, table, export, override, promote, serve)
+"""Of the commands, in the order that ``ddops --help`` shows."""
+EXPLAINED = (
+    *(ConfigError, CheckpointError, MetricError, RegistryError, ReportError),
+    *(BundleError, ExportError, WorkspaceError),
+)
 """Errors whose message says what to do."""
 
 
@@ -41,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ddops", description="Distil image AR models into one-step generators.")
     parser.add_argument("--version", action="version", version=f"ddops {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (compose, run, plan, fetch, sample, trajectories, table, export, override, promote, serve):
+    for module in MODULES:
         module.register(commands)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -54,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HeldError as error:
         print(error, file=sys.stderr)
         return EXIT_TRY_AGAIN
+    except BrokenPipeError:  # whoever reads, as head does, has enough
+        sys.stderr.close()
+        return 0
     except (*EXPLAINED, CommandError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from test_bundle import stage
 
 from ddops.captions.conditions import Conditions
 from ddops.config.load import compose, load_config, validate, write_params
@@ -21,11 +20,19 @@ from ddops.export.bundle import load_graph
 from ddops.files import sha256_file, write_json
 from ddops.stages import paths
 from ddops.stages.export_onnx import judge_exported
+from helpers.few_digits import FEW, few_digits
+from helpers.here import run_stage_here
 from helpers.tiny import FAMILIES, PARAMS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with few_digits():
+        yield
+
+
 @pytest.fixture
-def judged(bundle, tmp_path, monkeypatch):
+def judged(few, bundle, tmp_path, monkeypatch):
     """A workspace up to the export: a student, a judge, and the samples that PyTorch drew of the protocol's seed."""
     monkeypatch.chdir(tmp_path)
     evaluate = ["evaluate.samples_per_image=1", "evaluate.seeds=[3]", "export.student=dd1", "export.parity_count=4"]
@@ -47,15 +54,16 @@ def judged(bundle, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_exported_graph_is_judged_by_the_protocol(judged):
-    exported = stage(judged, "export_onnx")
+    exported = run_stage_here(judged, "export_onnx")
     assert exported.returncode == 0, exported.stderr
     report = json.loads((judged / paths.EXPORT_METRICS).read_text())
     assert report["sha256"] == {"model.onnx": sha256_file(paths.ONNX_BUNDLE / "model.onnx")}
     # Of the same noise: what is left is a pixel here and there that rounds to another level.
     assert report["fid_loss"] == report["exported"]["fid"] - report["pytorch"]["fid"]
     assert abs(report["fid_loss"]) < 1e-3 * report["pytorch"]["fid"]
-    assert (report["protocol"]["name"], report["protocol"]["seeds"], report["samples"]) == ("digits", [3], 1797)
+    assert (report["protocol"]["name"], report["protocol"]["seeds"], report["samples"]) == ("digits", [3], FEW)
     assert report["exported"].keys() == report["pytorch"].keys() >= {"fid", "recall", "inception_score"}
 
     shutil.rmtree(paths.SAMPLES)
@@ -65,11 +73,12 @@ def test_the_exported_graph_is_judged_by_the_protocol(judged):
     assert comparable(again["protocol"], report["protocol"]) == []
 
 
+@pytest.mark.slow
 def test_a_graph_whose_fid_is_worse_is_no_export(judged):
     """PyTorch's samples replaced by the real images: nothing drawn comes near their FID."""
     file = judged / paths.SAMPLES / "dd1_1step/seed3.npz"
     write_samples(file, [to_uint8(digits.load().images_NIHW)], open_samples(file).labels_N)
-    refused = stage(judged, "export_onnx")
+    refused = run_stage_here(judged, "export_onnx")
     assert refused.returncode == 1
     assert re.search(
         r"the exported graph draws worse: FID .*, PyTorch .* export\.max_fid_loss allows 2\.0% more", refused.stderr

@@ -60,7 +60,7 @@ def test_a_device_that_does_not_start_is_an_error(model, monkeypatch):
 
 
 def test_a_device_that_is_not_there_is_an_error(model):
-    with pytest.raises(BundleError, match="no device 'tpu' for ONNX Runtime; valid: cpu, cuda"):
+    with pytest.raises(BundleError, match=r"'tpu'.* valid: cpu, cuda"):
         open_session(model, "tpu")
     with pytest.raises(MissingExtra, match=r"ONNX Runtime on cuda needs .*ddops\[gpu\]"):
         open_session(model, "cuda")

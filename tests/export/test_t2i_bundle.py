@@ -9,7 +9,6 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from test_llamagen_t2i import SMALL_CAPTIONS
 
 from ddops.captions.pretrained import TextEncoder
 from ddops.config.captions import DigitsPromptsConfig, EncodedCaptionsConfig, PromptSets, SeededEncoderConfig
@@ -27,7 +26,7 @@ from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
 from ddops.stages import paths
 from ddops.stages.captions import captions as captions_stage
-from helpers.llamagen_helpers import randomised
+from helpers.llamagen_helpers import SMALL_CAPTIONS, randomised
 from helpers.tiny import tiny
 from helpers.tiny_bundle import serving
 
@@ -161,6 +160,7 @@ def test_tritons_configuration_names_the_inputs(t2i_bundle, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_server_draws_prompts_and_holds_its_limits(t2i_bundle, sources, tmp_path):
     with serving(t2i_bundle, tmp_path / "log", "--set", "max_prompt=60") as server, server.client() as client:
 

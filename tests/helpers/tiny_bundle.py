@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import torch
 
 from ddops.export.bundle import Sources, write_bundle
+from ddops.inference import OneStepPipeline
 from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from helpers.tiny import tiny, untrained
 
@@ -102,3 +104,8 @@ def serving(place: Path, log: Path, *arguments: str, wait: bool = True, **enviro
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def pixels(pipe: OneStepPipeline, labels: Any, **options: Any) -> np.ndarray:
+    """The images as integers (N, H, W) or (N, H, W, channels)."""
+    return np.stack([np.asarray(image) for image in pipe(labels, **options).images]).astype(int)

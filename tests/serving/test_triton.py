@@ -135,6 +135,7 @@ def test_nothing_of_an_earlier_model_stays_in_the_repository(bundle, tmp_path):
     assert not [name for name in files if "tensorrt" in name]
 
 
+@pytest.mark.rare
 @needs_triton
 def test_every_configuration_is_one_by_tritons_definition(bundle):
     manifest = read_manifest(bundle)
@@ -162,6 +163,7 @@ def test_every_configuration_is_one_by_tritons_definition(bundle):
         assert configs[name]["output"][0]["dims"] == ["1", "8", "8"]
 
 
+@pytest.mark.rare
 @needs_triton
 def test_a_real_server_draws_the_images_of_the_seeds(repository, tmp_path):
     package = in_triton("import pytriton, pathlib; print(pathlib.Path(pytriton.__file__).parent)").strip()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_architecture import imported_names
 
 from ddops.cli import main
 from ddops.config.load import ConfigError
@@ -24,6 +23,7 @@ from ddops.flows.workspace import LOCK, WorkspaceBusyError, compose_parameters, 
 from ddops.hub.records import DownloadError, HubAwayError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError, StageError, exit_code
 from helpers import tiny_pipeline
+from helpers.house import imported_names
 from helpers.prefect_world import PATIENCE, alive, eventually
 
 ROOT = Path(__file__).parents[2]

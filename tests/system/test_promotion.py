@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import test_gate
 import yaml
-from test_gate import run_gate
 
 from ddops.cli import main
 from ddops.commands import repository as repository_commands
@@ -39,10 +37,18 @@ from ddops.production import Registry
 from ddops.serving.models import find_bundle
 from ddops.stages import paths
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
+from helpers.gate_world import make_workspace, run_gate
 from helpers.tiny import PARAMS
 
-workspace = test_gate.workspace
 JUDGE: Final = "ddops.stages.export_onnx.judge_exported"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files that hash, and figures that state their hashes."""
+    monkeypatch.chdir(tmp_path)
+    make_workspace()
+    return tmp_path
 
 
 def git(*arguments: str) -> str:

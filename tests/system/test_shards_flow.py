@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from test_pipeline import PATIENCE, clone, environment, run
 
 from ddops.flows import dvc, shards
 from ddops.stages import paths
+from helpers.pipeline_world import PATIENCE, clone, environment, run
 from helpers.prefect_world import World, alive, eventually
 from helpers.tiny import SIZES, contents
 

@@ -67,7 +67,7 @@ def test_points_that_were_judged_differently_share_no_chart():
     points = points_of(metrics=metrics)
     assert ablations.protocol_of(points) == {"name": "digits", "asked_for": "8 samples a real image"}
     metrics["5"]["protocol"]["asked_for"] = "16 samples a real image"
-    with pytest.raises(SystemExit, match="1 and 5 were judged differently, no chart shows both: asked_for"):
+    with pytest.raises(SystemExit, match=r"1 and 5 .*: asked_for"):
         ablations.protocol_of(points)
 
 
@@ -103,7 +103,7 @@ def test_points_of_other_settings_share_no_chart(own, said):
     }
     assert ablations.settings_of("guidance_rate", points_of(settings)) == shared
     settings["5"] |= own
-    with pytest.raises(SystemExit, match=f"1 and 5 have other settings, no chart shows both: {said}$"):
+    with pytest.raises(SystemExit, match=f"1 and 5 .*: {said}$"):
         ablations.settings_of("guidance_rate", points_of(settings))
 
 
@@ -117,6 +117,7 @@ pathlib.Path("reports/metrics.json").write_text(json.dumps(metrics))
 """
 
 
+@pytest.mark.slow
 def test_what_dvc_recorded_under_two_commits_is_plotted_once_and_only_with_its_like(tmp_path, monkeypatch):
     """By DVC itself, in a project whose evaluation only adds."""
     workspace = tmp_path / "work"
@@ -141,7 +142,7 @@ def test_what_dvc_recorded_under_two_commits_is_plotted_once_and_only_with_its_l
     monkeypatch.chdir(workspace)
     run(100, "1", "2")
     run(200, "1")
-    with pytest.raises(SystemExit, match="1 and 2 have other settings, no chart shows both: steps"):
+    with pytest.raises(SystemExit, match=r"1 and 2 .*: steps"):
         ablations.plot("guidance_rate", [])
     assert not list((workspace / ablations.RESULTS).iterdir())
     run(200, "2")

@@ -21,6 +21,7 @@ from ddops.inference import OneStepPipeline
 serving = "ddops.serving."
 needing = {serving + name for name in ("app", "context", "metrics", "models", "server")} | {"ddops.export.triton_model"}
 modules = {each.name for each in pkgutil.walk_packages(ddops.__path__, "ddops.")}
+needing |= {name for name in modules if name.startswith("ddops.flows.")}
 for name in sorted(modules - needing):
     importlib.import_module(name)
 assert needing < modules, needing - modules
@@ -35,12 +36,14 @@ def run(code, blocked, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.slow
 def test_without_any_extra_every_module_imports_and_images_are_drawn(bundle):
     done = run(DEFAULT, EXTRAS, bundle)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("(8, 8)\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "arguments", "extra"),
     [

@@ -1,4 +1,4 @@
-"""``ddops run``: the pipeline as a Prefect flow, without a server. Called as a process of its own."""
+"""``ddops run`` and ``ddops prefect``: the pipeline as a Prefect flow, without a server and with one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ddops.commands.arguments import CommandError, Subparsers
@@ -21,17 +22,34 @@ def register(commands: Subparsers) -> None:
     )
     running.add_argument("arguments", nargs=argparse.REMAINDER)
     running.set_defaults(run=run)
+    watching = commands.add_parser(
+        "prefect",
+        help="a Prefect server with the deployments of prefect.yaml, and a worker; Ctrl-C ends both",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    watching.add_argument("arguments", nargs=argparse.REMAINDER)
+    watching.set_defaults(run=run_prefect)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Become the flow's process.
+    """Become the flow's process; raises CommandError."""
+    _become("run", "ddops.flows", arguments.arguments)
 
+
+def run_prefect(arguments: argparse.Namespace) -> None:
+    """Become the process that starts server and worker; raises CommandError."""
+    _become("prefect", "ddops.flows.up", arguments.arguments)
+
+
+def _become(command: str, module: str, arguments: Sequence[str]) -> None:
+    """
     Raises:
         CommandError: this is no workspace, or Prefect is not installed.
     """
     if not Path("dvc.yaml").is_file():
         raise CommandError("no dvc.yaml here: run from a workspace (ddops init DIR writes one)")
     if importlib.util.find_spec("prefect") is None:
-        raise CommandError("ddops run needs Prefect: pip install 'ddops[prefect]'")
+        raise CommandError(f"ddops {command} needs Prefect: pip install 'ddops[prefect]'")
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "ddops.flows", *arguments.arguments])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

@@ -1,4 +1,4 @@
-"""``make prefect``: a server, the pool, limits, automations and deployments, and a worker; Ctrl-C ends them all."""
+"""``ddops prefect``: a server, the pool, limits, automations and deployments, and a worker; Ctrl-C ends them all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START_SECONDS = 600.0
 
 def main() -> None:
     """Start everything, say where it is, and wait until it ends."""
-    parser = argparse.ArgumentParser(prog="python -m ddops.flows.up", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ddops prefect", description=__doc__)
     parser.add_argument("--port", type=int, default=4200)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: for this machine only)")
     arguments = parser.parse_args()

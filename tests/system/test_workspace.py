@@ -1,0 +1,158 @@
+"""A workspace outside the clone, by the wheel: made, run, migrated; and what is refused on the way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ddops.cli import main
+from ddops.workspace.files import PIPELINE, TEMPLATE, WorkspaceError, template_files, write_files
+from helpers.dvc_environment import dvc_environment
+from helpers.tiny import ROOT
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("workspace")]
+
+IDENTITY = {f"GIT_{who}_{what}": "ada@example.invalid" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel's files in a directory of their own."""
+    place = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(place)]
+    subprocess.run([*pip, "wheel", *options, str(copy_of_the_sources(place))], check=True, capture_output=True)
+    (wheel,) = place.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(place / "site"), str(wheel)], check=True)
+    return place / "site"
+
+
+def copy_of_the_sources(place):
+    """Without what earlier builds left: setuptools puts it into the wheel."""
+    listed = ["git", "ls-files", "-co", "--exclude-standard", "-z", "src", "pyproject.toml", "README.md", "LICENSE"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (place / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / "sources" / name).write_bytes((ROOT / name).read_bytes())
+    return place / "sources"
+
+
+def run(where, source, *command):
+    """What a command prints, with the ddops in ``source`` and no environment activated."""
+    environment = dvc_environment(where.parent / f"{where.name}-dvc", source, **IDENTITY)
+    environment["PATH"] = os.defpath
+    command = [sys.executable, "-m", "ddops.cli", *command[1:]] if command[0] == "ddops" else command
+    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_wheel_makes_a_workspace_that_trains_a_teacher(installed, tmp_path):
+    """Outside the clone, in a shell that has activated nothing: init, then the pipeline as far as the teacher."""
+    run(tmp_path, installed, "ddops", "init", "work", "--preset", "smoke")
+    workspace = tmp_path / "work"
+    assert yaml.safe_load((workspace / "params.yaml").read_text())["preset"] == "smoke"
+    assert run(workspace, installed, "git", "status", "--porcelain") == ""
+    dvc = str(Path(sys.executable).with_name("dvc"))
+    assert "teacher: 100%" in run(workspace, installed, dvc, "repro", "teacher")
+    assert (workspace / "artifacts/teacher/transformer.safetensors").is_file()
+
+    (workspace / "params/preset").mkdir()
+    own = "# @package _global_\n# Mine.\ndefaults: [smoke]\npreset: mine\nseed: 7\n"
+    (workspace / "params/preset/mine.yaml").write_text(own)
+    run(workspace, installed, dvc, "exp", "run", "-S", "preset=mine", "captions")
+    assert yaml.safe_load((workspace / "params.yaml").read_text())["seed"] == 7
+    assert "1 were up to date" in run(workspace, installed, "ddops", "run", "mine", "--target", "captions")
+
+
+def test_presets_are_known_and_planned_where_there_is_no_workspace(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "preset").mkdir(parents=True)
+    (tmp_path / "mine/preset/own.yaml").write_text("# @package _global_\n# Mine. Not yours.\n")
+    assert main(["presets", "--params", "mine"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {"digits", "smoke", "var_d16", "llamagen_l_dd2"} <= set(lines)
+    assert lines["own"] == "Mine."
+    assert all(sentence.endswith(".") for sentence in lines.values())
+    assert main(["plan", "var_d16"]) == 0
+    assert "310.28 M parameters" in capsys.readouterr().out
+
+
+def test_the_clone_is_a_workspace_like_any_other():
+    """What ddops init writes is what lies here: change the template, then ddops migrate."""
+    files = (*PIPELINE, "prefect.yaml")
+    assert [name for name in files if (ROOT / name).read_bytes() != (TEMPLATE / name).read_bytes()] == []
+
+
+def test_the_files_of_others_are_not_overwritten(tmp_path):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    with pytest.raises(WorkspaceError, match=r"dvc\.yaml"):
+        write_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["dvc.yaml"]
+
+
+def test_writing_goes_on_where_it_was_killed(tmp_path):
+    write_files(tmp_path)
+    (tmp_path / "stage.sh").unlink()
+    write_files(tmp_path)
+    assert all((tmp_path / name).read_bytes() == file.read_bytes() for name, file in template_files().items())
+
+
+def test_an_unknown_preset_writes_nothing(tmp_path, capsys):
+    assert main(["init", str(tmp_path / "work"), "--preset", "smok"]) == 1
+    assert "'smoke'" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """Of this checkout's code, committed, without DVC; the test works in it."""
+    for name, value in {**IDENTITY, "GIT_CONFIG_GLOBAL": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    git("init")
+    git("add", "--all")
+    git("commit", "--message", "before")
+    return tmp_path
+
+
+def git(command, *arguments):
+    subprocess.run(
+        ["git", command, "--quiet", *arguments] if command != "add" else ["git", command, *arguments], check=True
+    )
+
+
+def test_a_workspace_of_an_earlier_ddops_is_brought_up_to_date(workspace, capsys):
+    recipes = yaml.safe_load((workspace / "recipes.yaml").read_text())
+    older = {**recipes, "distill_dd1": recipes["distill_dd1"] - 1}
+    (workspace / "recipes.yaml").write_text(yaml.safe_dump(older))
+    (workspace / "dvc.lock").write_text(yaml.safe_dump({"stages": {"teacher": {"deps": [{"path": "src/ddops/hub"}]}}}))
+    git("commit", "--all", "--message", "older")
+    assert main(["migrate"]) == 0
+    said = capsys.readouterr().out
+    assert f"distill_dd1 {older['distill_dd1']} -> {recipes['distill_dd1']}" in said
+    assert "dvc commit --force" in said
+    assert yaml.safe_load((workspace / "recipes.yaml").read_text()) == recipes
+    assert main(["migrate"]) == 0
+    assert "nothing to migrate" in capsys.readouterr().out
+
+
+def test_what_is_not_committed_is_not_replaced(workspace, capsys):
+    (workspace / "dvc.yaml").write_text("mine: 1\n")
+    assert main(["migrate"]) == 1
+    assert "dvc.yaml" in capsys.readouterr().err
+    assert (workspace / "dvc.yaml").read_text() == "mine: 1\n"
+    git("commit", "--all", "--message", "mine")
+    assert main(["migrate"]) == 0
+    assert (workspace / "dvc.yaml").read_bytes() == (TEMPLATE / "dvc.yaml").read_bytes()
+
+
+def test_migrate_wants_a_workspace(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["migrate"]) == 1
+    assert "dvc.yaml" in capsys.readouterr().err
