@@ -6,6 +6,7 @@ The shapes say what readers go by; a file may hold more.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NotRequired, TypeVar
 
@@ -22,7 +23,7 @@ class ReportError(ValueError):
 
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Row = dict[str, float | None]
+Row = dict[str, float]
 """Figures by name, and what the row costs."""
 FACTS: Final = ("protocol", "models")
 """What the metrics file holds beside rows."""
@@ -174,6 +175,20 @@ def read_judge(path: Path) -> Judge:
 def read_samples_manifest(path: Path) -> SamplesManifest:
     """What the samples are of. Raises ReportError: missing or damaged."""
     return _read(path, _SAMPLES, "sample")
+
+
+def require_values(path: Path, value: Any, keys: Iterable[str], stage: str) -> None:
+    """Dotted ``keys`` that one reader cannot do without, in what was read from ``path``.
+
+    Raises:
+        ReportError: one is missing.
+    """
+    for dotted in keys:
+        here = value
+        for key in dotted.split("."):
+            here = here.get(key) if isinstance(here, dict) else None
+        if here is None:
+            raise _damaged(path, f"it lacks {dotted}", stage)
 
 
 def _read(path: Path, shape: TypeAdapter[T], stage: str) -> T:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -18,7 +19,6 @@ def torch_save(path):
 
 WRITERS = {
     "torch": torch_save,
-    "safetensors": lambda path: save_file({"a": torch.ones(100_000)}, path),
     "numpy": lambda path: np.savez(path.open("wb"), a=np.ones(100_000)),
     "text": lambda path: path.write_text("a" * 100_000),
 }
@@ -35,6 +35,19 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, writer):
     assert error.value.errno == errno.ENOSPC
     assert error.value.filename == str(target)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file.bin": "what was there"}
+
+
+def test_a_library_that_only_quotes_the_disks_error_is_understood(tmp_path):
+    """safetensors writes a file of its own and says "(os error 27)": here for one that grows too large."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        with pytest.raises(OSError, match="File too large") as error, atomic_path(tmp_path / "file.bin") as temporary:
+            save_file({"a": torch.ones(100_000)}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert error.value.filename == str(tmp_path / "file.bin")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_errors_of_other_kinds_are_left_as_they_are(tmp_path):
