@@ -198,7 +198,7 @@ def _read(path: Path, shape: TypeAdapter[T], stage: str) -> T:
         raise ReportError(f"{path} is missing: it is made by the stage {stage} (dvc repro {stage})") from None
 
 
-def _check(path: Path, shape: TypeAdapter[Any], value: Any, name: str, stage: str) -> None:
+def _check(path: Path, shape: Any, value: Any, name: str, stage: str) -> None:
     try:
         shape.validate_python(value, strict=True)
     except ValueError as error:

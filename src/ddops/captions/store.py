@@ -31,6 +31,10 @@ _HEADER: Final = "ddops.captions"
 _WAY_OUT: Final = "delete it and run the stage captions"
 
 
+class _Version(TypedDict):
+    format_version: int
+
+
 class _Entry(TypedDict):
     name: str
     first: int
@@ -53,7 +57,7 @@ class _Manifest(TypedDict):
 
 
 _MANIFEST: Final[TypeAdapter[Any]] = TypeAdapter(_Manifest)
-_VERSION: Final[TypeAdapter[Any]] = TypeAdapter(TypedDict("_Version", {"format_version": int}))
+_VERSION: Final[TypeAdapter[Any]] = TypeAdapter(_Version)
 
 
 class CaptionSet:

@@ -24,7 +24,7 @@ from ddops.export.errors import ExportError
 from ddops.export.manifest import MANIFEST, MODEL, model_digests, read_manifest
 from ddops.export.provenance import provenance
 from ddops.export.session import open_session, run_session
-from ddops.files import write_json
+from ddops.files import sha256_file, write_json
 from ddops.models.conditions import flat
 from ddops.models.weights_dd2 import load_generator
 from ddops.reports import read_decision, read_metrics
@@ -46,6 +46,9 @@ def export(preset: str, dd1: DD1Config, dd2: DD2Config, evaluate: EvaluateConfig
     if export.row not in metrics:
         raise StageError(f"{paths.METRICS} has no row {export.row}: a model that was not judged is not exported")
     student = require(paths.STUDENTS[export.student], f"distill_{export.student}")
+    if (found := sha256_file(student)) != gate["student_sha256"]:
+        judged = gate["student_sha256"][:12]
+        raise StageError(f"{paths.GATE_DECISION}: judged {judged}, {student} is {found[:12]}; run dvc repro gate")
     sources = find_sources(student, require(paths.TOKENIZER, "teacher"), paths.CAPTIONS, dd1, dd2, export)
     facts = provenance(preset, export, sources.student) | {
         "ddops.protocol": metrics["protocol"]["name"],

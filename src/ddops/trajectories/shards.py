@@ -31,6 +31,10 @@ MANIFEST = "manifest.json"
 _WAY_OUT = "delete it and run the trajectories stage"
 
 
+class _Version(TypedDict):
+    format_version: int
+
+
 class _Entry(TypedDict):
     name: str
     first: int
@@ -46,7 +50,7 @@ class _Manifest(TypedDict):
 
 
 _MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
-_VERSION: TypeAdapter[Any] = TypeAdapter(TypedDict("_Version", {"format_version": int}))
+_VERSION: TypeAdapter[Any] = TypeAdapter(_Version)
 
 Labels = NDArray[np.uint16] | NDArray[np.uint32]
 
