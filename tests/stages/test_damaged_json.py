@@ -4,21 +4,26 @@ Bounded and seeded; every damage is one that was met: a bit flipped, the end cut
 key gone or misspelt, a value of another type.
 """
 
+import argparse
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from ddops.captions.store import CaptionSet, write_manifest, write_shard
+from ddops.commands import override
+from ddops.commands.arguments import CommandError
 from ddops.config.load import load_config
+from ddops.evaluation.samples import write_samples
 from ddops.files import sha256_json, write_json
 from ddops.hub.records import HubRecords
 from ddops.production import Registry, metrics_in_production
 from ddops.sampling.noise import NOISE_VERSION
-from ddops.stages import gate, paths
-from ddops.stages.common import EXPECTED_ERRORS, drawing_of
+from ddops.stages import evaluate, gate, paths
+from ddops.stages.common import EXPECTED_ERRORS, StageError, drawing_of
 from ddops.stages.report import report
 from ddops.trajectories import shards
 from ddops.trajectories.dataset import TrajectoryDataset
@@ -71,7 +76,7 @@ def damages(content, seed, count):
         yield json.dumps(edited(document, path, lambda holder, key, v=other: holder.__setitem__(key, v))).encode()
 
 
-def survives(path, read, seed, count):
+def survives(path, read, seed, count, also=()):
     """Read a file in all its damaged versions: an explained error that names a file, or what was there before."""
     content = path.read_bytes()
     read()
@@ -80,11 +85,11 @@ def survives(path, read, seed, count):
         path.write_bytes(damaged)
         try:
             read()
-        except EXPECTED_ERRORS as error:
+        except (*EXPECTED_ERRORS, *also) as error:
             messages.append(str(error))
     path.write_bytes(content)
     read()
-    assert [message for message in messages if path.name not in message and ".safetensors" not in message] == []
+    assert also or all(path.name in message or ".safetensors" in message for message in messages)
     assert len(messages) > count, "files cut off and replaced are noticed at the least"
 
 
@@ -147,6 +152,59 @@ def test_the_gate_of_damaged_figures(workspace, count):
         assert not decision.passed, "the figures are of none of these files"
 
     survives(paths.METRICS, decide, 2, count)
+
+
+@pytest.fixture
+def samples(workspace, monkeypatch):
+    """Two rows and the real images, and a judge that only counts."""
+    monkeypatch.setattr("ddops.stages.evaluate.open_ruler", lambda *parts: Counting())
+    paths.CLASSIFIER.parent.mkdir(parents=True)
+    paths.CLASSIFIER.write_bytes(b"weights")
+    for row in ("dd1_1step", "teacher", "reconstruction"):
+        batch_BIHW = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+        write_samples(paths.SAMPLES / row / "seed1.npz", [batch_BIHW], torch.tensor([1, 2]))
+    costs = {row: {"passes": 1, "parameters": 2} for row in ("dd1_1step", "teacher")}
+    write_json(paths.SAMPLES_MANIFEST, {"models": {"dd1": SHA}, "drawing_sha256": SHA, "rows": costs})
+    return workspace
+
+
+class Counting:
+    def figures(self, batches, labels_N):
+        return {"fid": float(sum(len(batch_BIHW) for batch_BIHW in batches))}
+
+    def facts(self):
+        return {"name": "counting"}
+
+
+@HARD
+def test_the_figures_of_samples_whose_manifest_is_damaged(samples, count):
+    survives(paths.SAMPLES_MANIFEST, lambda: evaluate.evaluate(samples.evaluate), 7, count)
+
+
+def test_samples_that_the_manifest_does_not_know_are_not_judged(samples):
+    shutil.copytree(paths.SAMPLES / "teacher", paths.SAMPLES / "dd2_1step")
+    with pytest.raises(StageError, match=r"manifest\.json: says nothing of dd2_1step"):
+        evaluate.evaluate(samples.evaluate)
+    shutil.rmtree(paths.SAMPLES / "dd2_1step")
+    (paths.SAMPLES / "teacher" / "seed1.npz").unlink()
+    with pytest.raises(StageError, match="teacher holds no samples"):
+        evaluate.evaluate(samples.evaluate)
+
+
+@HARD
+def test_an_override_of_a_damaged_decision(workspace, count):
+    """It is refused, or written for the model that the gate refused."""
+    refused = json.loads(paths.GATE_DECISION.read_text())
+    refused["rules"][0]["passed"] = False
+    write_json(paths.GATE_DECISION, {**refused, "passed": False, "outcome": "refused"})
+    params = paths.PARAMS.read_bytes()
+
+    def run():
+        paths.PARAMS.write_bytes(params)
+        override.run(argparse.Namespace(reason="demo", by="Ada"))
+        assert load_config(paths.PARAMS).gate.override.student_sha256 is not None
+
+    survives(paths.GATE_DECISION, run, 8, count, also=(CommandError,))
 
 
 @HARD

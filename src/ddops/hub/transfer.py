@@ -137,7 +137,7 @@ def require_space(directory: Path, needed: int) -> None:
     spare = min(SPARE_BYTES, needed)
     if needed and free < needed + spare:
         raise DownloadError(
-            f"{directory}: {needed / 1e6:.1f} MB are needed, {spare / 1e6:.1f} MB to spare, and {free / 1e6:.1f} MB "
+            f"{directory}: {needed / 1e6:.1f} MB are needed and {spare / 1e6:.1f} MB to spare, {free / 1e6:.1f} MB "
             "are free; make room, or set HF_HOME to a directory on a larger disk"
         )
 

@@ -25,7 +25,7 @@ def evaluate(evaluate: EvaluateConfig) -> None:
     """Write ``reports/metrics.json`` and the same table as CSV for ``dvc plots``.
 
     Raises:
-        StageError: there are no samples.
+        StageError: there are no samples. ReportError: the manifest beside them is damaged.
         MetricError: a figure cannot be computed.
     """
     ruler = open_ruler(
@@ -45,8 +45,10 @@ def evaluate(evaluate: EvaluateConfig) -> None:
         )
     rows: dict[str, dict[str, Any]] = {}
     for directory in tqdm(directories, desc="evaluate", unit="row"):
-        runs = []
-        for file in sorted(directory.glob("*.npz")):
+        runs, files = [], sorted(directory.glob("*.npz"))
+        if not files:
+            raise StageError(f"{directory} holds no samples; run dvc repro sample again")
+        for file in files:
             samples = open_samples(file)
             runs.append(ruler.figures(samples.batches(evaluate.batch_size), samples.labels_N))
         rows[directory.name] = {
