@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ddops.files import sha256_file
 from ddops.sampling.noise import NOISE_VERSION
 from ddops.trajectories.generate import trajectory_noise
-from ddops.trajectories.shards import DatasetError, differences, read_manifest, read_shard
+from ddops.trajectories.shards import MANIFEST, DatasetError, differences, read_manifest, read_shard
 
 NOISE_CACHE_BYTES = 1 << 28
 """Noise is kept in memory when all of it fits into this; else it is computed batch by batch."""
@@ -39,6 +40,9 @@ class TrajectoryDataset:
         manifest = read_manifest(directory)
         if not manifest["shards"]:
             raise DatasetError(f"{directory}: holds no trajectories; set trajectories.count and generate them")
+        firsts = list(accumulate((shard["count"] for shard in manifest["shards"]), initial=0))
+        if [*(shard["first"] for shard in manifest["shards"]), manifest["count"]] != firsts:
+            raise DatasetError(f"{directory / MANIFEST}: damaged (its shards do not add up); generate it again")
         version = manifest["settings"]["noise_version"]
         if version != NOISE_VERSION:
             raise DatasetError(
