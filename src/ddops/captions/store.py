@@ -11,10 +11,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,7 +36,7 @@ class _Version(TypedDict):
 
 
 class _Entry(TypedDict):
-    name: str
+    name: Annotated[str, Field(pattern=r"^shard-[0-9]+\.safetensors$")]
     first: int
     sha256: str
 

@@ -12,11 +12,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from typing_extensions import TypedDict
@@ -35,9 +35,9 @@ class _Version(TypedDict):
 
 
 class _Entry(TypedDict):
-    name: str
-    first: int
-    count: int
+    name: Annotated[str, Field(pattern=r"^shard-[0-9]+\.safetensors$")]
+    first: Annotated[int, Field(ge=0, lt=2**53)]
+    count: Annotated[int, Field(gt=0, lt=2**53)]
     sha256: str
 
 
