@@ -127,7 +127,7 @@ def test_an_unknown_choice_of_a_group_lists_the_known_ones(group, wrong, right):
 
 @pytest.mark.parametrize("override", ["=3", "preset", "dd1.start_positions=[0,", "~dd1.nothing"])
 def test_an_override_that_makes_no_sense_is_an_explained_error(override):
-    with pytest.raises(ConfigError, match="params|not an override"):
+    with pytest.raises(ConfigError, match=r"params|not an override"):
         compose(PARAMS, [override])
 
 
