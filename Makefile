@@ -8,7 +8,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: reproduce prefect prefect-worker test test-fast test-all lint format clean-state help
 
 help:
-	@echo "make reproduce   from real images to an exported one-step generator (ten to fifteen minutes on two cores)"
+	@echo "make reproduce   from real images to an exported one-step generator (less than ten minutes on two cores)"
 	@echo "make prefect     a Prefect server with the deployments of prefect.yaml, and a worker"
 	@echo "make test        the test suite (about ten minutes on two cores)"
 	@echo "make test-fast   without processes, pipelines and servers of more than a few seconds (three minutes)"

@@ -27,6 +27,7 @@ from ddops.commands.arguments import CommandError
 from ddops.config.load import ConfigError
 from ddops.evaluation.errors import MetricError
 from ddops.export.errors import BundleError, ExportError
+from ddops.extras import MissingExtra, explained
 from ddops.lock import HeldError
 from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
@@ -39,6 +40,7 @@ MODULES = (init, presets, compose, run, plan, fetch, sample, trajectories, table
 EXPLAINED = (
     *(ConfigError, CheckpointError, MetricError, RegistryError, ReportError),
     *(BundleError, ExportError, WorkspaceError),
+    MissingExtra,
 )
 """Errors whose message says what to do."""
 
@@ -67,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (*EXPLAINED, CommandError, OSError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (said := explained(error, f"ddops {arguments.command}")) is error:
+            raise
+        print(said, file=sys.stderr)
         return 1
     return 0
 

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from ddops import OneStepPipeline
 from ddops.cli import main
 from ddops.config.load import compose, write_params
 from ddops.config.models import HeadConfig
@@ -18,8 +19,9 @@ from ddops.export.bundle import Sources, write_bundle
 from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import read_manifest, write_manifest
 from ddops.export.provenance import dvc_md5, judged, provenance
+from ddops.extras import MissingExtra
 from ddops.files import sha256_file, write_json
-from ddops.inference import OneStepPipeline, backends
+from ddops.inference import backends
 from ddops.inference.seeds import to_pixels
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.weights_dd2 import as_backbone, save_generator
@@ -140,7 +142,7 @@ def test_a_wrong_request_is_explained(pipe, arguments, message):
     ],
 )
 def test_a_wrong_backend_or_device_is_explained(bundle, options, message):
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises((BundleError, MissingExtra), match=message):
         OneStepPipeline.from_pretrained(bundle, **options)
 
 
@@ -175,6 +177,7 @@ def test_provenance_names_preset_commit_weights_and_licence(tmp_path):
     lock.write_text(json.dumps({"stages": {"distill_dd1": {"outs": [{"path": "dd1", "md5": "abc.dir"}]}}}))
     facts = provenance("digits", export, student, lock)
     assert "ddops.git_commit" not in facts
+    assert facts["ddops.git_commit_missing"] == "not in a Git repository"
     assert facts["ddops.dvc_md5"] == "abc.dir"
     assert (facts["ddops.preset"], facts["ddops.license"]) == ("digits", "MIT")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", "-C", str(tmp_path)]

@@ -12,6 +12,7 @@ import pytest
 import tensorrt_rtx
 import torch
 
+from ddops import OneStepPipeline
 from ddops.cli import main
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.copying import all_digests
@@ -19,7 +20,6 @@ from ddops.export.engines import build_engines
 from ddops.export.errors import BundleError
 from ddops.export.manifest import read_manifest, verify_files
 from ddops.export.session import open_session, run_session
-from ddops.inference import OneStepPipeline
 
 PROFILE = ProfileConfig(min=1, opt=2, max=4)
 

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from ddops import OneStepPipeline
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.bundle import Sources, write_bundle
 from ddops.export.copying import all_digests
@@ -15,7 +16,7 @@ from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import EngineFacts, read_manifest, verify_files
 from ddops.export.onnx import export_onnx
 from ddops.export.tensorrt import Machine, choose_engine, library_version, targets
-from ddops.inference import OneStepPipeline
+from ddops.extras import MissingExtra
 from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from helpers.tiny import tiny, untrained
 from helpers.tiny_bundle import FACTS, make_bundle, pixels
@@ -112,7 +113,7 @@ def test_weights_beside_the_graph_go_wherever_it_goes(tmp_path, monkeypatch):
 def test_a_missing_library_names_its_extra(bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     config = EngineConfig(flavour="tensorrt", targets=("current",), profile=ProfileConfig(min=1, opt=2, max=2))
-    with pytest.raises(BundleError, match=r"engine\.flavour tensorrt needs .*pip install 'ddops\[gpu\]'"):
+    with pytest.raises(MissingExtra, match=r"engine\.flavour tensorrt needs .*pip install 'ddops\[gpu\]'"):
         build_engines(bundle, tmp_path / "out", config, None, lambda *phase: None)
 
 

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddops import OneStepPipeline
 from ddops.export.manifest import read_manifest
-from ddops.inference import OneStepPipeline
 from helpers.hub_upload import LARGE, TOKEN, serve_uploads
 from helpers.tiny import ROOT, contents
 
 PUSH = """
 import sys
-from ddops.inference import OneStepPipeline
+from ddops import OneStepPipeline
 print(OneStepPipeline.from_pretrained(sys.argv[1]).push_to_hub("me/digits", private=True, message="a bundle"))
 """
 PULL = """
 import sys
-from ddops.inference import OneStepPipeline
+from ddops import OneStepPipeline
 pipe = OneStepPipeline.from_pretrained("me/digits")
 pipe([3, 7], seed=5).images[1].save(sys.argv[1])
 print(pipe.directory)

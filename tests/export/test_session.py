@@ -6,8 +6,9 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from ddops.export.errors import BundleError, MissingExtra
+from ddops.export.errors import BundleError
 from ddops.export.session import open_session, run_outputs
+from ddops.extras import MissingExtra
 
 WEIGHT = np.arange(64, dtype=np.float32).reshape(8, 8)
 

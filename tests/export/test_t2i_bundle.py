@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddops import OneStepPipeline
 from ddops.captions.pretrained import TextEncoder
 from ddops.config.captions import DigitsPromptsConfig, EncodedCaptionsConfig, PromptSets, SeededEncoderConfig
 from ddops.config.stages import ProfileConfig
@@ -17,7 +18,6 @@ from ddops.export.bundle import Sources, write_bundle
 from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import read_manifest
 from ddops.export.triton import write_model_repository
-from ddops.inference import OneStepPipeline
 from ddops.models.conditions import Captions, pad_left
 from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.models.llamagen_tokenizer import LlamaGenTokenizer
@@ -29,6 +29,8 @@ from ddops.stages.captions import captions as captions_stage
 from helpers.llamagen_helpers import SMALL_CAPTIONS, randomised
 from helpers.tiny import tiny
 from helpers.tiny_bundle import serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("t2i")]
 
 DIGITS = DigitsPromptsConfig(source="digits")
 SETTINGS = EncodedCaptionsConfig(
@@ -160,7 +162,6 @@ def test_tritons_configuration_names_the_inputs(t2i_bundle, tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_the_server_draws_prompts_and_holds_its_limits(t2i_bundle, sources, tmp_path):
     with serving(t2i_bundle, tmp_path / "log", "--set", "max_prompt=60") as server, server.client() as client:
 

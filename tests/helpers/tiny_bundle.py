@@ -87,10 +87,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(place: Path, log: Path, *arguments: str, wait: bool = True, **environment: str) -> Iterator[Server]:
+def serving(
+    place: Path, log: Path, *arguments: str, wait: bool = True, python: str = sys.executable, **environment: str
+) -> Iterator[Server]:
     """`ddops serve` on a free port; killed at the end where the test has not ended it."""
     port = free_port()
-    command = [sys.executable, "-m", "ddops.cli", "serve", str(place), "--port", str(port), *arguments]
+    command = [python, "-m", "ddops.cli", "serve", str(place), "--port", str(port), *arguments]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}

@@ -24,9 +24,9 @@ from PIL import Image
 from schemathesis.specs.openapi import checks
 from starlette.exceptions import HTTPException
 
+from ddops import OneStepPipeline
 from ddops.cli import main
 from ddops.export.manifest import read_manifest
-from ddops.inference import OneStepPipeline
 from ddops.production import Registry
 from ddops.serving.app import WEBP_SIDE, Service, encode
 from ddops.serving.logs import JsonFormatter

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddops import OneStepPipeline
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.copying import copy_bundle
 from ddops.export.engines import build_engines
 from ddops.export.manifest import EngineFacts, read_manifest, verify_files
 from ddops.export.triton import onnx_config, python_config, tensorrt_config, write_model_repository
-from ddops.inference import OneStepPipeline
 from helpers.tiny_bundle import free_port
 
 PYTHON = Path(os.environ.get("DDOPS_TRITON_PYTHON", Path(__file__).parents[2] / ".venv-triton/bin/python"))

@@ -136,7 +136,9 @@ CURVES = {"ar_diffusion": paths.CURVES / "ar_diffusion", "distill_dd2": paths.CU
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.parametrize(
+    "kill", [pytest.param(name, marks=[pytest.mark.rare] * name.endswith("alternating")) for name in KILLS]
+)
 def test_a_dd2_stage_killed_with_sigkill_ends_with_the_same_bytes(kill, before, after, tmp_path, caplog):
     """Weights, curves and pictures, also when all but the weights was done; and nothing is left of the state."""
     settings, stage, suffix, number, message = KILLS[kill]
@@ -154,7 +156,7 @@ def test_a_dd2_stage_killed_with_sigkill_ends_with_the_same_bytes(kill, before, 
     assert not contents(killed / paths.STATE)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_torchrun_trains_dd2_to_the_bytes_that_forking_does(before, tmp_path):
     """Both networks, their averages and the curves, of two processes that share every batch."""
     made = {}

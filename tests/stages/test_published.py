@@ -32,7 +32,8 @@ from ddops.models.weights import (
 from ddops.sampling.few_step import sample_student
 from ddops.stages import distill_dd1, paths, teacher, trajectories
 from ddops.trajectories.dataset import TrajectoryDataset
-from ddops.trajectories.shards import DatasetError, read_manifest
+from ddops.trajectories.errors import DatasetError
+from ddops.trajectories.shards import read_manifest
 from helpers.hub_server import serve
 from helpers.published_world import ARGUMENTS, MODELS, SCHEDULES, World, build, published_files, reference, saved
 from helpers.tiny import FAMILIES as FAMILY_OVERRIDES

@@ -50,6 +50,12 @@ def inception() -> Inception:
     return Inception().eval()
 
 
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inception on a ninth of the pixels; test_inception.py has all of them."""
+    monkeypatch.setattr("ddops.evaluation.inception.SIDE", 107)
+
+
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     hub, server = serve()

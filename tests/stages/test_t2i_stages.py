@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddops import OneStepPipeline
 from ddops.captions.conditions import open_conditions
 from ddops.captions.digits import NUMERALS
 from ddops.cli import main
@@ -15,7 +16,6 @@ from ddops.data import digits
 from ddops.evaluation.gate import Decision
 from ddops.evaluation.samples import open_samples
 from ddops.files import sha256_file, sha256_json, write_json
-from ddops.inference import OneStepPipeline
 from ddops.models.weights import load_student
 from ddops.stages import (
     ar_diffusion,
@@ -51,7 +51,7 @@ SIZES = {
     "dd1": {"evaluate_every": 20, "evaluate_count": 200, "perceptual.batch_size": 4},
     "dd2": {"evaluate_every": 4, "evaluate_count": 200, "min_diversity": 0.0, "min_recall": 0.0},
     "dd2.guidance": {"alignment_steps": 2, "updates": 1, "batch_size": 32},
-    "evaluate": {"samples_per_image": 1, "seeds": "[1]"},
+    "evaluate": {"samples_per_image": 1, "seeds": "[1]", "kid.subset_size": 100},
     "export": {"parity_count": 8, "max_fid_loss": 0.5},
     **{name: BRIEF | dict.fromkeys(("steps", "checkpoint_every", "log_every"), steps) for name, steps in STEPS.items()},
 }

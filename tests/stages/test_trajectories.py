@@ -22,6 +22,7 @@ from ddops.stages.trajectories import trajectories as trajectories_stage
 from ddops.trajectories import dataset as dataset_module
 from ddops.trajectories import mappers, memory
 from ddops.trajectories.dataset import TrajectoryDataset
+from ddops.trajectories.errors import DatasetError, SettingsDiffer
 from ddops.trajectories.generate import (
     SavedTeacher,
     generate,
@@ -31,7 +32,7 @@ from ddops.trajectories.generate import (
     trajectory_noise,
 )
 from ddops.trajectories.mappers import in_this_process
-from ddops.trajectories.shards import DatasetError, SettingsDiffer, read_shard
+from ddops.trajectories.shards import read_shard
 from ddops.trajectories.verify import problems
 from helpers.tiny import contents, kill_stage_in, tiny, untrained, write_tiny_params
 from helpers.tiny_trajectories import CODE_DIM, FAMILIES, NAMES, OVERRIDES, SEED, job, make, teacher_files

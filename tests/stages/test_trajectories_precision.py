@@ -18,9 +18,10 @@ from ddops.sampling.noise import NOISE_VERSION
 from ddops.sampling.teacher import flow_picker, sample_teacher
 from ddops.trajectories import memory
 from ddops.trajectories.dataset import TrajectoryDataset
+from ddops.trajectories.errors import SettingsDiffer
 from ddops.trajectories.generate import generate, trajectory_labels, trajectory_noise
 from ddops.trajectories.mappers import processes
-from ddops.trajectories.shards import SettingsDiffer, read_manifest
+from ddops.trajectories.shards import read_manifest
 from helpers.tiny import PARAMS, contents, tiny, untrained
 from helpers.tiny_trajectories import CODE_DIM, FAMILIES, NAMES, SEED, job, make
 

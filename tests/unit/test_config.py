@@ -26,7 +26,7 @@ SIZES = ["teacher.model.width=96", "teacher.model.heads=4", "teacher.model.codeb
 @pytest.fixture(scope="module")
 def composed():
     """The values of preset digits, to be copied and spoilt; the sizes that messages quote are pinned."""
-    return compose(PARAMS, ["preset=digits", *SIZES, "dd1.start_positions=[0,5]"])
+    return compose(PARAMS, ["preset=digits", "ar_diffusion=digits", *SIZES, "dd1.start_positions=[0,5]"])
 
 
 def at(values, dotted):

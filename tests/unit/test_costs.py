@@ -159,7 +159,8 @@ def test_this_machine_is_probed_and_others_are_named():
         find_device("abacus")
 
 
-@pytest.mark.parametrize("family", ["llamagen", pytest.param("var", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llamagen", "var"])
 def test_every_long_stage_of_a_trained_preset_is_predicted(family):
     config = tiny(family)
     costs = predict(config, DEVICES["cpu2"])

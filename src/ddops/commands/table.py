@@ -18,7 +18,6 @@ from ddops.config.load import load_config, validate
 from ddops.config.stages import Config
 from ddops.evaluation.papers import FIDS, SPEEDUPS, all_rows, ordering, paper_figure
 from ddops.evaluation.provenance import provenance
-from ddops.evaluation.report import title
 from ddops.files import read_json, write_json, write_text
 from ddops.reports import read_metrics
 from ddops.stages import paths
@@ -106,6 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
     """The table, the papers' figures beside it where there are any, and where their order does not hold."""
+    from ddops.evaluation.report import title
+
     rows, protocol = {name: result["rows"][name] for name in names}, result["protocol"]
     figures = [name for name in COLUMNS if any(name in row for row in rows.values())]
     head = ["row", "passes", "parameters", *figures, "ms an image", "speed-up", "paper's FID", "paper's speed-up"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from typing import TYPE_CHECKING, Any
 
 from ddops.config.base import ConfigError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 
 def plain_override(text: str) -> Override:
@@ -55,6 +54,10 @@ def interpolated(value: Any, key: str = "") -> Iterator[str]:
 
 
 def _parsed(text: str) -> Override | None:
+    # Hydra is loaded where it is used, see ddops.config.load.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:

@@ -22,13 +22,14 @@ from ddops.config.load import ConfigError, load_config
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import Config, DD1Config, TrajectoriesConfig
 from ddops.evaluation.errors import MetricError
+from ddops.extras import MissingExtra
 from ddops.files import sha256_json, write_json
 from ddops.models.errors import CheckpointError, MayPassError
 from ddops.production import RegistryError
 from ddops.reports import ReportError
 from ddops.stages import launch, paths
 from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
-from ddops.trajectories.shards import DatasetError
+from ddops.trajectories.errors import DatasetError
 
 Stage = Callable[..., object]
 
@@ -48,7 +49,7 @@ sysexits.h). Any other failure that was explained is 1."""
 
 EXPECTED_ERRORS = (
     *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError),
-    *(ReportError, StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, OSError),
+    *(ReportError, StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, MissingExtra, OSError),
 )
 
 

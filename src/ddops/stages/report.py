@@ -7,7 +7,8 @@ from typing import Any, Final
 from ddops.config.stages import ExportConfig
 from ddops.evaluation.provenance import provenance
 from ddops.evaluation.report import FIGURES, chart, embed_png, grids, read_curve, render, table, title
-from ddops.files import write_text
+from ddops.evaluation.summary import summary
+from ddops.files import write_json, write_text
 from ddops.reports import (
     FACTS,
     ExportReport,
@@ -26,7 +27,7 @@ PROTOCOL: Final = ("name", "features", "features_sha256", "labels", "quantisatio
 
 
 def report(preset: str, seed: int, export: ExportConfig) -> None:
-    """Write ``reports/index.html`` and ``reports/model_card.md``, of a refused model too."""
+    """Write ``reports/index.html``, ``reports/model_card.md`` and ``reports/summary.json``, of a refused model too."""
     metrics = read_metrics(require(paths.METRICS, "evaluate"))
     decision = read_decision(require(paths.GATE_DECISION, "gate"))
     judge = read_judge(require(paths.FEATURES_METRICS, "features"))
@@ -35,7 +36,7 @@ def report(preset: str, seed: int, export: ExportConfig) -> None:
     values = {
         "preset": preset,
         "seed": seed,
-        "summary": _summary(metrics, export),
+        "summary": _sentence(metrics, export),
         "exported": title(export.row),
         "table": table(metrics),
         "protocol": metrics["protocol"],
@@ -52,6 +53,7 @@ def report(preset: str, seed: int, export: ExportConfig) -> None:
     }
     write_text(paths.REPORT, render("report.html", **values, **pictures, charts=_charts()))
     write_text(paths.MODEL_CARD, render("model_card.md", **values))
+    write_json(paths.SUMMARY, summary(metrics, export.row))
 
 
 def _require_shown(metrics: dict[str, Any], judge: Judge, exported: ExportReport | None, export: ExportConfig) -> None:
@@ -74,7 +76,7 @@ def _require_shown(metrics: dict[str, Any], judge: Judge, exported: ExportReport
         require_values(paths.EXPORT_METRICS, exported, ["bytes", "steps", *parity, *compared], "export_onnx")
 
 
-def _summary(metrics: dict[str, Any], export: ExportConfig) -> str:
+def _sentence(metrics: dict[str, Any], export: ExportConfig) -> str:
     """What is exported, beside the teacher, and DD1's student where that is another one."""
     student, teacher = metrics[export.row], metrics.get("teacher")
     if teacher is None:

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 from typing_extensions import TypedDict
 
 from ddops.files import atomic_path, read_json, sha256_file, sha256_json, write_json
+from ddops.trajectories.errors import DatasetError, SettingsDiffer
 
 FORMAT_VERSION = 2
 HEADER = "ddops.trajectories"
@@ -52,14 +53,6 @@ _MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
 _VERSION: TypeAdapter[Any] = TypeAdapter(_Version)
 
 Labels = NDArray[np.uint16] | NDArray[np.uint32]
-
-
-class DatasetError(ValueError):
-    """A trajectory data set that cannot be used. The message names the file and the way out."""
-
-
-class SettingsDiffer(DatasetError):
-    """Shards made with other settings are in the way: they are neither mixed with nor silently replaced."""
 
 
 @dataclass(frozen=True)
