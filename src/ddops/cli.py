@@ -31,13 +31,15 @@ from ddops.extras import MissingExtra, explained
 from ddops.lock import HeldError
 from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
+from ddops.reports import ReportError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
 from ddops.workspace.files import WorkspaceError
 
 MODULES = (init, presets, compose, run, plan, fetch, sample, trajectories, table, export, override, promote, serve)
 """Of the commands, in the order that ``ddops --help`` shows."""
 EXPLAINED = (
-    *(ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError, WorkspaceError),
+    *(ConfigError, CheckpointError, MetricError, RegistryError, ReportError),
+    *(BundleError, ExportError, WorkspaceError),
     MissingExtra,
 )
 """Errors whose message says what to do."""

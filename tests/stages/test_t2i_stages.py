@@ -13,8 +13,9 @@ from ddops.captions.digits import NUMERALS
 from ddops.cli import main
 from ddops.config.load import compose, validate, write_params
 from ddops.data import digits
+from ddops.evaluation.gate import Decision
 from ddops.evaluation.samples import open_samples
-from ddops.files import sha256_json
+from ddops.files import sha256_file, sha256_json, write_json
 from ddops.models.weights import load_student
 from ddops.stages import (
     ar_diffusion,
@@ -85,7 +86,8 @@ def run(few, tmp_path_factory):
             config.sampling, config.trajectories, config.dd1, config.ar_diffusion, config.dd2, config.evaluate
         )
         evaluate.evaluate(config.evaluate)
-        paths.GATE_DECISION.write_text(json.dumps({"passed": True}))
+        decision = Decision((), (), sha256_file(paths.STUDENTS[config.export.student]), None)
+        write_json(paths.GATE_DECISION, decision.plain())
         export_onnx.export(config.preset, config.dd1, config.dd2, config.evaluate, config.export)
         yield config
 

@@ -11,6 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ddops.captions.errors import CaptionError
 from ddops.config.base import plain
@@ -23,6 +26,7 @@ from ddops.extras import MissingExtra
 from ddops.files import sha256_json, write_json
 from ddops.models.errors import CheckpointError, MayPassError
 from ddops.production import RegistryError
+from ddops.reports import ReportError
 from ddops.stages import launch, paths
 from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
 from ddops.trajectories.errors import DatasetError
@@ -45,7 +49,7 @@ sysexits.h). Any other failure that was explained is 1."""
 
 EXPECTED_ERRORS = (
     *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError),
-    *(StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, MissingExtra, OSError),
+    *(ReportError, StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, MissingExtra, OSError),
 )
 
 
@@ -69,11 +73,45 @@ def run_stage(stage: Stage, *, trains: str | None = None) -> None:
         processes = launch.processes_wanted(getattr(config, trains) if trains else None)
         if processes:
             raise SystemExit(launch.torchrun(f"ddops.stages.{Path(inspect.getfile(stage)).stem}", processes))
+        recipe = _recipe(stage)
         stage(**{name: getattr(config, name) for name in sections(stage)})
+        require_unchanged(stage, config, recipe)
     except EXPECTED_ERRORS as error:
         # The file's name: run with `python -m`, the module's own is "__main__".
         print(f"\n{Path(inspect.getfile(stage)).stem}: {error}", file=sys.stderr)
         raise SystemExit(exit_code(error)) from None
+
+
+def require_unchanged(stage: Stage, config: Config, recipe: Any) -> None:
+    """What the stage has read must still be there when it ends: DVC records what is there by then.
+
+    Raises:
+        StageError: sections of ``params.yaml``, or the stage's recipe, are others than when it began.
+        ConfigError: ``params.yaml`` is not valid any more.
+    """
+    now = load_config(paths.PARAMS)
+    changed = [f"{paths.PARAMS}: {name}" for name in sections(stage) if getattr(now, name) != getattr(config, name)]
+    if _recipe(stage) != recipe:
+        changed.append(f"{paths.RECIPES}: {_name(stage)}")
+    if changed:
+        raise StageError(
+            f"changed while the stage ran, so that its results are those of other settings: {', '.join(changed)}. "
+            f"Nothing was recorded; run dvc repro {_name(stage)} again"
+        )
+
+
+def _recipe(stage: Stage) -> Any:
+    """What ``recipes.yaml`` says of a stage; None where it says nothing, as outside a pipeline."""
+    if not paths.RECIPES.exists():
+        return None
+    try:
+        return yaml.safe_load(paths.RECIPES.read_text(encoding="utf-8")).get(_name(stage))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise StageError(f"{paths.RECIPES}: not readable ({error}); restore it from Git") from error
+
+
+def _name(stage: Stage) -> str:
+    return Path(inspect.getfile(stage)).stem
 
 
 def exit_code(error: Exception) -> int:

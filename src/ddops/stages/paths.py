@@ -5,6 +5,7 @@ from pathlib import Path
 from ddops.production import REGISTRY
 
 PARAMS = Path("params.yaml")
+RECIPES = Path("recipes.yaml")
 
 CLASSIFIER = Path("artifacts/features/classifier.safetensors")
 CAPTIONS = Path("data/captions")
