@@ -79,7 +79,7 @@ def test_one_command_leads_from_images_to_an_exported_generator(finished):
         "dd2 generator:",
         "evaluate:",
     ):
-        assert re.search(rf"{bar}.*(it|step|sample|row)/s|{bar}.*s/(it|step|sample|row)", output), bar
+        assert re.search(rf"{bar}.*(it|step|sample|file)/s|{bar}.*s/(it|step|sample|file)", output), bar
 
 
 def test_every_output_and_every_plotted_curve_is_there(finished):
