@@ -27,6 +27,8 @@ def work(name, outputs, behaviour):
         start_stray()
     if behaviour.get("steps"):
         train(name, behaviour["steps"])
+    while behaviour.get("until") and not Path(behaviour["until"]).exists():
+        time.sleep(0.05)
     if behaviour.get("fill"):
         fill_the_disk()
     if behaviour.get("killed"):
