@@ -20,6 +20,7 @@ from ddops.commands import (
     run,
     sample,
     serve,
+    stale,
     table,
     trajectories,
 )
@@ -32,10 +33,29 @@ from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
 from ddops.workspace.files import WorkspaceError
+from ddops.workspace.recipes import RecipeError
 
-MODULES = (init, presets, compose, run, plan, fetch, sample, trajectories, table, export, override, promote, serve)
+MODULES = (
+    init,
+    presets,
+    compose,
+    run,
+    plan,
+    fetch,
+    sample,
+    trajectories,
+    table,
+    export,
+    override,
+    stale,
+    promote,
+    serve,
+)
 """Of the commands, in the order that ``ddops --help`` shows."""
-EXPLAINED = (ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError, WorkspaceError)
+EXPLAINED = (
+    *(ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError),
+    *(WorkspaceError, RecipeError),
+)
 """Errors whose message says what to do."""
 
 

@@ -28,7 +28,7 @@ from ddops.stages.common import sections
 from ddops.stages.distill_dd2 import distill_dd2
 from ddops.stages.sample import sample
 from ddops.stages.trajectories import trajectories
-from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained
+from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained, write_recipes
 
 STAGES = {"ar_diffusion": ar_diffusion, "distill_dd2": distill_dd2, "sample": sample, "trajectories": trajectories}
 SHORT = ["steps=8", "batch_size=16", "processes=1", "warmup_steps=2", "log_every=2", "checkpoint_every=3"]
@@ -82,6 +82,7 @@ def before(tmp_path_factory):
             return directory
         family, *overrides = RUNS[settings]
         write_params(compose(PARAMS, [*FAMILIES[family], *TINY, *overrides]), directory / paths.PARAMS)
+        write_recipes(directory)
         write_weights(directory, family)
         run(directory, "trajectories")
         return directory

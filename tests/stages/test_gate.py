@@ -20,7 +20,7 @@ from ddops.models.errors import CheckpointError
 from ddops.production import Registry, RegistryError, metrics_in_production
 from ddops.stages import gate, paths
 from ddops.stages.common import StageError, drawing_of, sections
-from helpers.tiny import PARAMS, tiny
+from helpers.tiny import PARAMS, tiny, write_recipes
 
 STUDENT = "ab" * 32
 MODELS = {"tokenizer": "11" * 32, "teacher": "22" * 32, "dd1": STUDENT}
@@ -206,6 +206,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files that hash, and figures that state their hashes."""
     monkeypatch.chdir(tmp_path)
     write_params(compose(PARAMS, ["preset=smoke"]), paths.PARAMS)
+    write_recipes(Path())
     files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, **paths.STUDENTS}
     for path in (*files.values(), paths.CLASSIFIER):
         path.parent.mkdir(parents=True, exist_ok=True)

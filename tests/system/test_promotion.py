@@ -94,7 +94,7 @@ def write_yaml(file: str, value: object) -> None:
 
 
 def commit() -> None:
-    git("add", "params.yaml", "dvc.yaml", "dvc.lock")
+    git("add", "params.yaml", "recipes.yaml", "dvc.yaml", "dvc.lock")
     git("commit", "--quiet", "--allow-empty", "--message", "a training")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddops.commands.arguments import CommandError, Subparsers
+from ddops.workspace.recipes import require_recipes
 
 
 def register(commands: Subparsers) -> None:
@@ -46,9 +47,11 @@ def _become(command: str, module: str, arguments: Sequence[str]) -> None:
     """
     Raises:
         CommandError: this is no workspace, or Prefect is not installed.
+        RecipeError: the workspace is of another ddops: said now, not by a stage in the middle of the run.
     """
     if not Path("dvc.yaml").is_file():
         raise CommandError("no dvc.yaml here: run from a workspace (ddops init DIR writes one)")
+    require_recipes()
     if importlib.util.find_spec("prefect") is None:
         raise CommandError(f"ddops {command} needs Prefect: pip install 'ddops[prefect]'")
     sys.stderr.flush()

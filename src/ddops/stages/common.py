@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import ddops
 from ddops.captions.errors import CaptionError
 from ddops.config.base import plain
 from ddops.config.dd2 import ARDiffusionConfig, DD2Config
@@ -25,6 +26,8 @@ from ddops.production import RegistryError
 from ddops.stages import launch, paths
 from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
 from ddops.trajectories.shards import DatasetError
+from ddops.workspace.code import record
+from ddops.workspace.recipes import RecipeError, require_recipe
 
 Stage = Callable[..., object]
 
@@ -42,9 +45,12 @@ EXIT_TRY_AGAIN = 75
 """Exit codes of a stage, for whoever runs the pipeline: refused by the gate; trouble that may pass (as EX_TEMPFAIL in
 sysexits.h). Any other failure that was explained is 1."""
 
+OWN_CODE = Path("src/ddops/__init__.py")
+"""There in a workspace that is a checkout of ddops."""
+
 EXPECTED_ERRORS = (
     *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError),
-    *(StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, OSError),
+    *(RecipeError, StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, OSError),
 )
 
 
@@ -63,16 +69,35 @@ def run_stage(stage: Stage, *, trains: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for noisy in ("dvc", "dvclive", "httpx", "onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # The file's name: run with `python -m`, the module's own is "__main__".
+    name = Path(inspect.getfile(stage)).stem
     try:
+        require_recipe(name)
+        require_own_code(name)
         config = load_config(paths.PARAMS)
         processes = launch.processes_wanted(getattr(config, trains) if trains else None)
         if processes:
-            raise SystemExit(launch.torchrun(f"ddops.stages.{Path(inspect.getfile(stage)).stem}", processes))
-        stage(**{name: getattr(config, name) for name in sections(stage)})
+            raise SystemExit(launch.torchrun(f"ddops.stages.{name}", processes))
+        if first:
+            write_json(paths.code_record(name), record(name, ddops.__version__))
+        stage(**{section: getattr(config, section) for section in sections(stage)})
     except EXPECTED_ERRORS as error:
-        # The file's name: run with `python -m`, the module's own is "__main__".
-        print(f"\n{Path(inspect.getfile(stage)).stem}: {error}", file=sys.stderr)
+        print(f"\n{name}: {error}", file=sys.stderr)
         raise SystemExit(exit_code(error)) from None
+
+
+def require_own_code(stage: str) -> None:
+    """In a checkout of ddops, see to it that its own code runs: whoever reads the commit takes it for what ran.
+
+    Raises:
+        StageError: the ddops that runs is another.
+    """
+    own, running = OWN_CODE.resolve(), Path(ddops.__file__).resolve()
+    if own.is_file() and own != running:
+        raise StageError(
+            f"this is a checkout of ddops, and the ddops that runs is another one, in {running.parent}: the output "
+            f"would be recorded as made by code that did not make it. Run sh stage.sh {stage}, as dvc repro does"
+        )
 
 
 def exit_code(error: Exception) -> int:
