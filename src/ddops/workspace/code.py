@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -81,14 +80,15 @@ def _source(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _imported(file: Path) -> Iterator[Path]:
+@cache
+def _imported(file: Path) -> frozenset[Path]:
+    names: list[str] = []
     for node in ast.walk(ast.parse(_source(file))):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        yield from filter(None, map(_module_file, names))
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return frozenset(filter(None, map(_module_file, names)))
 
 
 def _module_file(name: str) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ddops.files import write_json
+from ddops.files import write_text
 from ddops.workspace.recipes import recipe
 from helpers.recipes import drawing, training
 from helpers.recipes.digest import Digest, moved, rounded
@@ -92,5 +92,15 @@ def renew(stages: Iterable[str]) -> list[str]:
             continue
         # Digests that agree stay as they are: rounding on another machine is no news.
         known[stage] = {"recipe": recipe(stage), "digests": {name: kept.get(name, digests[name]) for name in digests}}
-    write_json(FILE, {stage: known[stage] for stage in VARIANTS if stage in known})
+    write_text(FILE, _text({stage: known[stage] for stage in VARIANTS if stage in known}))
     return refused
+
+
+def _text(known: Mapping[str, Any]) -> str:
+    """JSON with a line a variant."""
+    stages = []
+    for stage, entry in known.items():
+        lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in entry["digests"].items()]
+        digests = ",\n".join(lines)
+        stages.append(f'{json.dumps(stage)}: {{"recipe": {entry["recipe"]}, "digests": {{\n{digests}\n}}}}')
+    return "{\n" + ",\n".join(stages) + "\n}\n"
