@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: reproduce prefect prefect-worker test test-fast lint format clean-state help
+.PHONY: reproduce prefect prefect-worker test test-fast test-all lint format clean-state help
 
 help:
-	@echo "make reproduce   from real images to an exported one-step generator (ten to fifteen minutes on two cores)"
+	@echo "make reproduce   from real images to an exported one-step generator (less than ten minutes on two cores)"
 	@echo "make prefect     a Prefect server with the deployments of prefect.yaml, and a worker"
-	@echo "make test        the whole test suite"
-	@echo "make test-fast   without the runs of the whole pipeline and of Prefect's server"
+	@echo "make test        the test suite (about ten minutes on two cores)"
+	@echo "make test-fast   without processes, pipelines and servers of more than a few seconds (three minutes)"
+	@echo "make test-all    with what takes minutes and seldom breaks, Triton's server among it"
 	@echo "make lint        ruff and mypy"
 
 $(READY): pyproject.toml constraints.txt
@@ -39,12 +40,18 @@ prefect-worker: $(READY)
 	.venv-triton/bin/python -m pip install --quiet nvidia-pytriton==0.7.0 'onnxruntime>=1.22,<2'
 	@touch $@
 
-# A process a core for what runs in its own process; one at a time for what starts pipelines and servers and times them.
-test: test-fast .venv-triton/.ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m 'pipeline or prefect'
+# Tests of one xdist_group run one after the other in one process, the largest groups first: pipelines in one, Prefect's
+# servers in another, which waits more than it computes; all others wherever there is room.
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadgroup
 
-test-fast: $(READY) .venv-triton/.ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not pipeline and not prefect' --numprocesses auto --dist loadfile
+test: $(READY)
+	$(PYTEST) -m 'not rare'
+
+test-fast: $(READY)
+	$(PYTEST) -m 'not slow and not pipeline and not prefect and not rare'
+
+test-all: $(READY) .venv-triton/.ready
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

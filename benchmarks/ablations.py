@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +26,14 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from ddops import git
 from ddops.evaluation.gate import comparable
 from ddops.files import write_json
 
 RESULTS = Path("benchmarks/results")
-METRICS, PARAMS = "reports/metrics.json", "params.yaml"
+METRICS, PARAMS = Path("reports/metrics.json"), "params.yaml"
+MetricsOf = Callable[[str], dict[str, Any] | None]
+"""The figures that a Git revision holds."""
 DONE = "success"
 """DVC's word for an experiment that ended well; it has none for one that is older than its queue."""
 ABSENT = object()
@@ -103,17 +106,23 @@ def queue(grid: str, settings: list[str]) -> None:
     print("queued; next: dvc exp run --run-all")
 
 
-def collect(grid: str, shown: list[dict[str, Any]]) -> dict[str, Experiment]:
+def recorded(revision: str) -> dict[str, Any] | None:
+    """The metrics file as an experiment's commit has it; None where it has none."""
+    text = git.file_at(Path(), revision, METRICS)
+    return None if text is None else json.loads(text)
+
+
+def collect(grid: str, shown: list[dict[str, Any]], metrics_of: MetricsOf = recorded) -> dict[str, Experiment]:
     """Point -> its experiment, the newest of those that have run; ``shown`` is what ``dvc exp show --json`` says."""
     names = {point: name_of(grid, point) for point in GRIDS[grid].points}
     newest: dict[str, Experiment] = {}
-    for name, experiment in ended(shown, set(names.values())):
+    for name, experiment in ended(shown, set(names.values()), metrics_of):
         if name not in newest or experiment.at > newest[name].at:
             newest[name] = experiment
     return {point: newest[name] for point, name in names.items() if name in newest}
 
 
-def ended(shown: list[dict[str, Any]], names: set[str]) -> Iterator[tuple[str, Experiment]]:
+def ended(shown: list[dict[str, Any]], names: set[str], metrics_of: MetricsOf) -> Iterator[tuple[str, Experiment]]:
     """Name and record of every experiment of those names that has run: each commit may have one of the same name.
 
     One that is queued, running or failed is shown with the figures of the commit it starts from, and is left out.
@@ -123,9 +132,8 @@ def ended(shown: list[dict[str, Any]], names: set[str]) -> Iterator[tuple[str, E
             if (branch.get("executor") or {"state": DONE})["state"] != DONE:
                 continue
             for revision in branch["revs"]:
-                data = revision.get("data") or {}
-                metrics = data.get("metrics", {}).get(METRICS, {}).get("data")
-                if metrics and revision.get("name") in names:
+                data = revision.get("data")
+                if data and revision.get("name") in names and (metrics := metrics_of(revision["rev"])):
                     settings = dict(dotted(data["params"][PARAMS]["data"]))
                     yield revision["name"], Experiment(datetime.fromisoformat(data["timestamp"]), settings, metrics)
 

@@ -26,8 +26,7 @@ from ddops.evaluation.images import to_uint8
 from ddops.evaluation.judge import DigitsJudge, load_classifier
 from ddops.evaluation.metrics import frechet_distance, look
 from ddops.evaluation.protocols import open_protocol
-from ddops.export.bundle import load_graph
-from ddops.export.graph import OneStepGraph
+from ddops.export.graph import OneStepGraph, load_graph
 from ddops.export.parity import compare
 from ddops.files import sha256_file, write_json
 from ddops.models.reduced import to_bfloat16

@@ -7,7 +7,8 @@ Some train the AR-diffusion model alone, or the short DD1 before a DD2.
 WORKSPACE is where the stages up to ``distill_dd1`` (and ``ar_diffusion``) ran; nothing there is changed. Overrides are
 those that it was run with, and the budget of all variants, e.g. ``dd2.training.steps=20``. Run it again to go on:
 finished variants are kept, a killed one resumes. FIDs are those of the stage's own curves (``dd2.evaluate_count``
-samples of one seed), costs are counted in passes of the teacher over a whole sequence.
+samples of one seed), costs are counted in passes of the teacher over a whole sequence. The preset digits leaves the
+AR-diffusion model out: for its variants, --override ar_diffusion=digits.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ import httpx2
 import numpy as np
 from PIL import Image
 
+from ddops import OneStepPipeline
 from ddops.files import write_json
-from ddops.inference import OneStepPipeline
 
 SETTINGS = {
     "batched": ["--set", "max_batch=32", "--set", "max_delay_ms=2"],

@@ -28,6 +28,7 @@ from ddops.commands.arguments import CommandError
 from ddops.config.load import ConfigError
 from ddops.evaluation.errors import MetricError
 from ddops.export.errors import BundleError, ExportError
+from ddops.extras import MissingExtra, explained
 from ddops.lock import HeldError
 from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
@@ -54,7 +55,7 @@ MODULES = (
 """Of the commands, in the order that ``ddops --help`` shows."""
 EXPLAINED = (
     *(ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError),
-    *(WorkspaceError, RecipeError),
+    *(WorkspaceError, RecipeError, MissingExtra),
 )
 """Errors whose message says what to do."""
 
@@ -83,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (*EXPLAINED, CommandError, OSError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (said := explained(error, f"ddops {arguments.command}")) is error:
+            raise
+        print(said, file=sys.stderr)
         return 1
     return 0
 

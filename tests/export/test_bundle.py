@@ -4,13 +4,13 @@ import dataclasses
 import json
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
+from ddops import OneStepPipeline
 from ddops.cli import main
 from ddops.config.load import compose, write_params
 from ddops.config.models import HeadConfig
@@ -18,19 +18,17 @@ from ddops.export.bundle import Sources, write_bundle
 from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import read_manifest, write_manifest
 from ddops.export.provenance import dvc_md5, judged, provenance
+from ddops.extras import MissingExtra
 from ddops.files import sha256_file
-from ddops.inference import OneStepPipeline, backends
+from ddops.inference import backends
 from ddops.inference.seeds import to_pixels
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
 from ddops.models.weights_dd2 import as_backbone, save_generator
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
+from helpers.here import run_stage_here
 from helpers.tiny import FAMILIES, PARAMS, tiny, untrained, write_recipes
-from helpers.tiny_bundle import FACTS, make_bundle, save_sources
-
-
-def pixels(pipe, labels, **options):
-    return np.stack([np.asarray(image) for image in pipe(labels, **options).images]).astype(int)
+from helpers.tiny_bundle import FACTS, make_bundle, pixels, save_sources
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def test_the_images_are_those_of_the_definition(bundle, backend):
 def test_more_steps_in_pytorch_and_a_refusal_where_the_graph_has_one(bundle, pipe):
     two = OneStepPipeline.from_pretrained(bundle, backend="torch")
     assert np.abs(pixels(two, [3, 7], seed=2, steps=2) - expected([3, 7], 2, (0, 2))).max() <= 1
-    with pytest.raises(BundleError, match=r"2 steps: the exported graph takes 1; use backend torch, or export"):
+    with pytest.raises(BundleError, match=r"2 steps: .* takes 1; .* backend torch"):
         pipe([3], steps=2)
     for steps in (0, 3):
         with pytest.raises(BundleError, match=f"{steps} steps: this student takes 1 to 2"):
@@ -88,9 +86,9 @@ def test_in_bfloat16_the_images_stay_what_they_are_but_for_rounding(bundle):
 
 def test_bfloat16_is_refused_where_it_changes_the_images(bundle, monkeypatch):
     monkeypatch.setattr(backends, "BFLOAT16_BOUNDS", (80.0, 0.97))
-    with pytest.raises(BundleError, match=r"draws other images: PSNR [\d.]+ dB.* at least 80 dB and 97%"):
+    with pytest.raises(BundleError, match=r"PSNR [\d.]+ dB.* 80 dB and 97%"):
         OneStepPipeline.from_pretrained(bundle, backend="torch", precision="bfloat16")
-    with pytest.raises(BundleError, match=r"precision bfloat16 is for backend torch; that of onnx was decided"):
+    with pytest.raises(BundleError, match=r"precision bfloat16 .* torch.* onnx"):
         OneStepPipeline.from_pretrained(bundle, precision="bfloat16")
     with pytest.raises(BundleError, match="no precision 'float8'; valid: float32, bfloat16"):
         OneStepPipeline.from_pretrained(bundle, backend="torch", precision="float8")
@@ -143,7 +141,7 @@ def test_a_wrong_request_is_explained(pipe, arguments, message):
     ],
 )
 def test_a_wrong_backend_or_device_is_explained(bundle, options, message):
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises((BundleError, MissingExtra), match=message):
         OneStepPipeline.from_pretrained(bundle, **options)
 
 
@@ -178,6 +176,7 @@ def test_provenance_names_preset_commit_weights_and_licence(tmp_path):
     lock.write_text(json.dumps({"stages": {"distill_dd1": {"outs": [{"path": "dd1", "md5": "abc.dir"}]}}}))
     facts = provenance("digits", export, student, lock)
     assert "ddops.git_commit" not in facts
+    assert facts["ddops.git_commit_missing"] == "not in a Git repository"
     assert facts["ddops.dvc_md5"] == "abc.dir"
     assert (facts["ddops.preset"], facts["ddops.license"]) == ("digits", "MIT")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.invalid", "-C", str(tmp_path)]
@@ -208,13 +207,13 @@ def test_a_manifest_that_is_none_is_refused(copy, content):
         read_manifest(copy)
 
 
-def test_an_export_that_fails_leaves_no_manifest(tmp_path):
+@pytest.mark.slow
+def test_an_export_that_fails_leaves_no_manifest(copy):
     """So that what was there before cannot be taken for what the weights are now."""
-    make_bundle(tmp_path / "bundle")
     with pytest.raises(ExportError, match=r"export\.tolerance allows 1e-12"):
-        make_bundle(tmp_path / "bundle", tolerance=1e-12)
-    with pytest.raises(BundleError, match="missing; a bundle is written by ddops export"):
-        read_manifest(tmp_path / "bundle")
+        make_bundle(copy, tolerance=1e-12)
+    with pytest.raises(BundleError, match="ddops export"):
+        read_manifest(copy)
 
 
 def test_noise_of_another_construction_is_refused(copy):
@@ -235,18 +234,19 @@ def test_saved_and_loaded_it_draws_the_same_and_has_a_card(pipe, tmp_path):
 
 
 def test_what_is_neither_a_directory_nor_a_hub_id_is_refused(tmp_path):
-    with pytest.raises(BundleError, match="no such directory, and not of the form owner/name"):
+    with pytest.raises(BundleError, match="owner/name"):
         OneStepPipeline.from_pretrained(tmp_path / "nowhere" / "at all")
 
 
 STUDENTS = {"dd1": "dd1/student", "dd2": "dd2/generator"}
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-def test_the_command_exports_a_workspace(tmp_path, capsys, student):
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["dd1", pytest.param("dd2", marks=pytest.mark.rare)])
+def test_the_command_exports_a_workspace(bundle, tmp_path, capsys, student):
     """One command from a student, whichever the preset names, to a bundle, as a user with trained weights runs it."""
     workspace = tmp_path / "workspace"
-    sources = make_bundle(tmp_path / "b").parent / "b-weights"
+    sources = bundle.parent / "bundle-weights"
     for source, place in (("student", STUDENTS[student]), ("tokenizer", "teacher/tokenizer")):
         target = workspace / "artifacts" / f"{place}.safetensors"
         target.parent.mkdir(parents=True)
@@ -290,25 +290,20 @@ def test_from_the_hub(bundle, tmp_path, monkeypatch):
     """What the client asks of a real server. A hub that has nothing of that name is an explained error."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BundleError, match="me/model: not found on disk, and not fetched from the hub"):
+    with pytest.raises(BundleError, match="me/model: "):
         OneStepPipeline.from_pretrained("me/model")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, revision: str(bundle))
     assert len(OneStepPipeline.from_pretrained("me/model")([1]).images) == 1
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, revision: str(tmp_path))
-    with pytest.raises(BundleError, match=r"holds no manifest\.json, so it is no ddops bundle"):
+    with pytest.raises(BundleError, match=r"no manifest\.json"):
         OneStepPipeline.from_pretrained("me/model")
 
 
 # the stages
 
 
-def stage(workspace, name):
-    """A stage's command line in a workspace."""
-    command = [sys.executable, "-m", f"ddops.stages.{name}"]
-    return subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["dd2", pytest.param("dd1", marks=pytest.mark.rare)])
 def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, tmp_path, student):
     sources = bundle.parent / "bundle-weights"
     for source, place in (("student", STUDENTS[student]), ("tokenizer", "teacher/tokenizer")):
@@ -328,13 +323,13 @@ def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, t
     metrics.write_text(json.dumps({"protocol": {"name": "digits"}, f"{student}_1step": {"fid": 7.5}}))
 
     gate.write_text(json.dumps({"passed": False}))
-    refused = stage(tmp_path, "export_onnx")
+    refused = run_stage_here(tmp_path, "export_onnx")
     assert refused.returncode != 0
     assert "the gate refused this model" in refused.stderr
     assert not (tmp_path / "artifacts/onnx").exists()
 
     gate.write_text(json.dumps({"passed": True}))
-    exported = stage(tmp_path, "export_onnx")
+    exported = run_stage_here(tmp_path, "export_onnx")
     assert exported.returncode == 0, exported.stderr
     facts = read_manifest(tmp_path / "artifacts/onnx").facts
     assert (facts["ddops.fid"], facts["ddops.protocol"], facts["ddops.preset"]) == ("7.5000", "digits", "digits")
@@ -342,13 +337,14 @@ def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, t
     assert report["parity"]["equal_tokens"] == 1
     assert report["parity"]["psnr"] > 80
 
-    built = stage(tmp_path, "build_engine")
+    built = run_stage_here(tmp_path, "build_engine")
     assert built.returncode == 0, built.stderr
     assert json.loads((tmp_path / "reports/engines.json").read_text()) == {"flavour": "tensorrt_rtx", "engines": []}
     assert read_manifest(tmp_path / "artifacts/bundle").engines == ()
     assert len(OneStepPipeline.from_pretrained(tmp_path / "artifacts/bundle")([1]).images) == 1
 
 
+@pytest.mark.slow
 def test_a_dd2_generator_exports_as_a_dd1_student_does(tmp_path):
     """The AR-diffusion model as a generator: the same graph's inputs and outputs, the same parity."""
     config = tiny("llamagen")

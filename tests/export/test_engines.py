@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_bundle import pixels
 
+from ddops import OneStepPipeline
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.bundle import Sources, write_bundle
 from ddops.export.copying import all_digests
@@ -16,10 +16,10 @@ from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import EngineFacts, read_manifest, verify_files
 from ddops.export.onnx import export_onnx
 from ddops.export.tensorrt import Machine, choose_engine, library_version, targets
-from ddops.inference import OneStepPipeline
+from ddops.extras import MissingExtra
 from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from helpers.tiny import tiny, untrained
-from helpers.tiny_bundle import FACTS, make_bundle
+from helpers.tiny_bundle import FACTS, make_bundle, pixels
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,7 @@ def test_engines_are_built_without_a_gpu_and_recorded(engines, bundle):
     )
 
 
+@pytest.mark.slow
 def test_an_engine_of_the_other_family_is_built(tmp_path):
     """Its mask and its scales make other operations, in half precision as full-size models are exported."""
     teacher, student = untrained("var")
@@ -88,6 +89,7 @@ def test_what_was_built_before_a_failure_is_in_the_manifest(bundle, tmp_path):
     verify_files(tmp_path / "out", all_digests(manifest))
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graph_go_wherever_it_goes(tmp_path, monkeypatch):
     """Into engines, Triton's repository and copies; and they are watched as it is."""
     monkeypatch.setitem(export_onnx.__kwdefaults__, "external_data_above", 1000)
@@ -104,14 +106,14 @@ def test_weights_beside_the_graph_go_wherever_it_goes(tmp_path, monkeypatch):
     assert np.abs(pixels(pipe, [3, 7]) - wanted).max() <= 1
     pipe.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved/model.onnx.data").unlink()
-    with pytest.raises(BundleError, match=r"model\.onnx\.data: missing, though the manifest lists it"):
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: missing"):
         OneStepPipeline.from_pretrained(tmp_path / "saved")
 
 
 def test_a_missing_library_names_its_extra(bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     config = EngineConfig(flavour="tensorrt", targets=("current",), profile=ProfileConfig(min=1, opt=2, max=2))
-    with pytest.raises(BundleError, match=r"engine\.flavour tensorrt needs .*pip install 'ddops\[gpu\]'"):
+    with pytest.raises(MissingExtra, match=r"engine\.flavour tensorrt needs .*pip install 'ddops\[gpu\]'"):
         build_engines(bundle, tmp_path / "out", config, None, lambda *phase: None)
 
 
@@ -147,7 +149,7 @@ def test_an_engine_that_does_not_fit_is_refused_by_name_with_the_cure(engines, h
 
 def test_a_portable_engine_is_refused_on_a_gpu_older_than_all_it_was_built_for(engines):
     manifest = read_manifest(engines[0])
-    with pytest.raises(BundleError, match=r"portable engines need compute capability 80 or newer, this GPU has 75"):
+    with pytest.raises(BundleError, match=r"portable .* 80 .* 75"):
         choose_engine(manifest, machine("75"))
 
 
@@ -167,9 +169,9 @@ def test_the_cure_is_a_command_that_the_library_takes(engines, here, cure):
 
 
 def test_without_a_gpu_the_engine_backend_says_so(engines):
-    with pytest.raises(BundleError, match="no GPU is visible here, and engines run on one only; use backend onnx"):
+    with pytest.raises(BundleError, match=r"no GPU .* backend onnx"):
         OneStepPipeline.from_pretrained(engines[0], backend="tensorrt")
-    with pytest.raises(BundleError, match="has no engine for tensorrt_rtx; build one: ddops engine BUNDLE"):
+    with pytest.raises(BundleError, match=r"tensorrt_rtx; .* ddops engine BUNDLE"):
         choose_engine(dataclasses.replace(read_manifest(engines[0]), engines=()), machine())
 
 

@@ -1,13 +1,11 @@
 """The exported graph: one pass through the student a step, the images of PyTorch, the same bytes each time."""
 
-import copy
 import math
 import socket
 import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -18,7 +16,7 @@ from torch import nn
 
 from ddops.export.errors import ExportError
 from ddops.export.graph import OneStepGraph
-from ddops.export.onnx import export_onnx
+from ddops.export.onnx import EXTERNAL_DATA_ABOVE, _write, export_onnx
 from ddops.export.parity import (
     Parity,
     ParityBounds,
@@ -33,40 +31,17 @@ from ddops.export.session import open_session, run_session
 from ddops.models import level_attention
 from ddops.models.autoencoder import Attention
 from ddops.models.registry import build_student, build_teacher
-from helpers.tiny import tiny, untrained
+from helpers.exports import CASES, METADATA, export, exported_case, inputs
+from helpers.tiny import tiny
 
-METADATA = {"ddops.preset": "test", "ddops.steps": "1"}
-CASES = {
-    "llamagen-1": ("llamagen", (0,)),
-    "llamagen-2": ("llamagen", (0, 5)),
-    "var-1": ("var", (0,)),
-    "var-2": ("var", (0, 2)),
-}
+pytestmark = pytest.mark.xdist_group("export")  # which shares the exports
 
 
-def inputs(layout, batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, layout.length, 8, generator=generator), torch.arange(batch) % 10
-
-
-def export(family, starts, path, precision="float32", **options):
-    """Both heads have a say: logits for the first half of the levels, embeddings for the rest."""
-    teacher, student = copy.deepcopy(untrained(family))
-    graph = OneStepGraph(student, teacher.tokenizer, starts, student.layout.num_levels // 2).eval()
-    example = inputs(student.layout, 2)
-    options = {"opset": 18, "precision": precision, **options}
-    trace = export_onnx(graph, *example, path, metadata=METADATA, **options)
-    return graph, trace
-
-
-@pytest.fixture(scope="module", params=CASES)
-def exported(request, tmp_path_factory):
-    family, starts = CASES[request.param]
-    path = tmp_path_factory.mktemp(request.param) / "model.onnx"
-    graph, trace = export(family, starts, path)
-    return SimpleNamespace(
-        graph=graph, trace=trace, path=path, model=onnx.load(path), steps=len(starts), case=request.param
-    )
+@pytest.fixture(
+    scope="module", params=[pytest.param(case, marks=[pytest.mark.slow] * (case != "llamagen-1")) for case in CASES]
+)
+def exported(request):
+    return exported_case(request.param)
 
 
 def uses_of_weights(model):
@@ -111,7 +86,8 @@ def test_each_weight_is_used_once_a_step(exported):
     assert used == dict.fromkeys(decoder, 1)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float16", marks=pytest.mark.rare)])
 def test_noise_data_layers_are_folded_in_a_wide_student_too(tmp_path, precision):
     """As wide as it takes for the exporter to leave them, two steps: no product of constants is in the graph."""
     config = tiny("var", "teacher.model.width=128").teacher.model
@@ -220,7 +196,8 @@ def test_the_file_knows_nothing_of_this_machine(exported):
     assert not [word for word in here if len(word) > 2 and word.encode() in content]
 
 
-@pytest.mark.parametrize("exported", ["var-1"], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["var-2"], indirect=True)
 def test_exporting_again_gives_the_same_bytes(exported, tmp_path):
     export(*CASES[exported.case], tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == exported.path.read_bytes()
@@ -243,6 +220,7 @@ def test_nothing_guards_against_rows_that_see_nothing(exported):
     assert "IsNaN" not in {node.op_type for node in exported.model.graph.node}
 
 
+@pytest.mark.slow
 def test_levels_that_are_run_one_by_one_are_exported_too(tmp_path, monkeypatch):
     """The digits' few positions go through one masked call; as many as VAR-d16's go through a call a level."""
     monkeypatch.setattr(level_attention, "TOGETHER", 2)
@@ -263,7 +241,10 @@ def test_a_first_step_of_two_is_exported_cut(exported):
         assert layout.offsets[start] + 1 in lengths
 
 
-@pytest.mark.parametrize(("family", "starts"), [("llamagen", (0, 3, 9)), ("var", (0, 1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "starts"), [("llamagen", (0, 3, 9)), pytest.param("var", (0, 1, 2), marks=pytest.mark.rare)]
+)
 def test_three_steps_are_three_passes_of_one_graph_at_the_newer_opset_too(tmp_path, family, starts):
     graph, _ = export(family, starts, tmp_path / "model.onnx", opset=20)
     model = onnx.load(tmp_path / "model.onnx")
@@ -281,12 +262,12 @@ def test_three_steps_are_three_passes_of_one_graph_at_the_newer_opset_too(tmp_pa
 @pytest.mark.parametrize("exported", ["llamagen-1"], indirect=True)
 def test_weights_beyond_the_limit_of_a_protobuf_lie_beside_the_model(exported, tmp_path):
     path = tmp_path / "model.onnx"
-    export(*CASES[exported.case], path, external_data_above=1000)
+    _write(exported.model, path, external_data_above=1000)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert path.stat().st_size < 0.5 * exported.path.stat().st_size
     noise, labels = inputs(exported.graph.student.layout, 3)
     assert measure_parity(exported.graph, onnx_drawer(path), noise, labels).largest <= 1e-4
-    export(*CASES[exported.case], path)
+    _write(exported.model, path, external_data_above=EXTERNAL_DATA_ABOVE)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -308,8 +289,8 @@ def spoilt(exported, tmp_path, name):
     ("exported", "weight", "module"),
     [
         ("llamagen-1", "student.input_proj.bias", "student.input_proj"),
-        ("llamagen-2", "embedding_head.proj.bias", "student.embedding_head.proj"),
-        ("var-1", "post_quant_conv.bias", "tokenizer.post_quant_conv"),
+        pytest.param("llamagen-2", "embedding_head.proj.bias", "student.embedding_head.proj", marks=pytest.mark.slow),
+        pytest.param("var-2", "post_quant_conv.bias", "tokenizer.post_quant_conv", marks=pytest.mark.slow),
     ],
     indirect=["exported"],
 )
@@ -323,7 +304,7 @@ def test_an_export_that_differs_fails_and_names_where_the_difference_starts(expo
     assert "export.tolerance allows 0.0001" in str(error.value)
 
 
-@pytest.mark.parametrize("exported", ["var-1"], indirect=True)
+@pytest.mark.parametrize("exported", ["llamagen-1"], indirect=True)
 def test_a_faithful_export_has_no_first_difference(exported):
     noise, labels = inputs(exported.graph.student.layout, 2)
     assert first_divergence(exported.trace, exported.path, noise, labels, 1e-4) is None

@@ -1,15 +1,14 @@
 """Graphs in half precision: what is rounded and what is not, in types that ONNX gives its operators."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
-from test_export import CASES, export, inputs
 
+from ddops import OneStepPipeline
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.engines import build_engines
 from ddops.export.errors import ExportError
@@ -19,28 +18,26 @@ from ddops.export.onnx import export_onnx
 from ddops.export.parity import measure_parity, onnx_drawer
 from ddops.export.precision import KINDS, PRODUCTS, widen_products
 from ddops.export.session import open_session, run_session
-from ddops.inference import OneStepPipeline
+from helpers.exports import exported_case, inputs
 from helpers.tiny import untrained
 from helpers.tiny_bundle import make_bundle
+
+pytestmark = pytest.mark.xdist_group("export")  # which shares the exports
 
 WHOLE_OPERATORS = ("Softmax", "LayerNormalization", "InstanceNormalization", "Sigmoid", "Add", "Mul", "Pow")
 LOOSE = {"tolerance": None, "min_psnr": 20.0, "min_equal_tokens": 0.9}
 
 
-@pytest.fixture(scope="module", params=[f"{case}-{kind}" for case in ("llamagen-1", "var-1") for kind in KINDS])
-def half(request, tmp_path_factory):
+EXPORTS = [f"{case}-{kind}" for case in ("llamagen-1", "var-2") for kind in KINDS]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name != "llamagen-1-float16")) for name in EXPORTS],
+)
+def half(request):
     case, _, precision = request.param.rpartition("-")
-    path = tmp_path_factory.mktemp(request.param) / "model.onnx"
-    graph, trace = export(*CASES[case], path, precision=precision)
-    return SimpleNamespace(
-        graph=graph,
-        trace=trace,
-        path=path,
-        model=onnx.load(path),
-        case=case,
-        precision=precision,
-        kind=KINDS[precision],
-    )
+    return exported_case(case, precision)
 
 
 def typed(model):
@@ -59,7 +56,7 @@ def test_products_are_in_half_precision_but_for_heads_and_last_layers(half):
         floats = {kinds.get(name) for name in node.input if name} & {onnx.TensorProto.FLOAT, *KINDS.values()}
         assert len(floats) <= 1, node
         if node.op_type in PRODUCTS[half.precision]:
-            (halved if floats == {half.kind} else whole).append(node)
+            (halved if floats == {KINDS[half.precision]} else whole).append(node)
         elif node.op_type in WHOLE_OPERATORS:
             assert floats <= {onnx.TensorProto.FLOAT}, node
     heads = 2
@@ -67,12 +64,14 @@ def test_products_are_in_half_precision_but_for_heads_and_last_layers(half):
     assert len(halved) > 10
 
 
-@pytest.mark.parametrize("half", ["llamagen-1-float16", "var-1-float16"], indirect=True)
+@pytest.mark.parametrize(
+    "half", ["llamagen-1-float16", pytest.param("var-2-float16", marks=pytest.mark.slow)], indirect=True
+)
 def test_the_decoders_maps_are_shuffled_in_half_precision(half):
     """Between two convolutions the largest maps are not widened only to be rearranged."""
     kinds, shuffles = typed(half.model), [node for node in half.model.graph.node if node.op_type == "DepthToSpace"]
     assert shuffles
-    assert {kinds[name] for node in shuffles for name in (*node.input, *node.output)} == {half.kind}
+    assert {kinds[name] for node in shuffles for name in (*node.input, *node.output)} == {KINDS[half.precision]}
 
 
 def test_every_operator_gets_a_type_that_it_is_defined_for(half):
@@ -89,10 +88,9 @@ def test_every_operator_gets_a_type_that_it_is_defined_for(half):
                 assert f"tensor({kind})" in allowed.get(given, [given]), node
 
 
-def test_half_precision_halves_the_weights_and_keeps_the_images(half, tmp_path):
-    export(*CASES[half.case], tmp_path / "whole.onnx")
+def test_half_precision_halves_the_weights_and_keeps_the_images(half):
     share = 0.62 if half.precision == "float16" else 0.97  # a tiny model's weights are its decoder's convolutions
-    assert half.path.stat().st_size < share * (tmp_path / "whole.onnx").stat().st_size
+    assert half.path.stat().st_size < share * exported_case(half.case).path.stat().st_size
     noise, labels = inputs(half.graph.student.layout, 16)
     parity = measure_parity(half.graph, onnx_drawer(half.path, half.precision), noise, labels)
     largest, psnr = (2e-2, 60) if half.precision == "float16" else (0.2, 40)
@@ -101,7 +99,8 @@ def test_half_precision_halves_the_weights_and_keeps_the_images(half, tmp_path):
     assert parity.equal_tokens > 0.98
 
 
-@pytest.mark.parametrize("half", ["llamagen-1-bfloat16", "var-1-bfloat16"], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("half", ["llamagen-1-bfloat16", "var-2-bfloat16"], indirect=True)
 def test_what_a_cpu_computes_of_a_bfloat16_graph_is_what_the_graph_says(half):
     """ONNX's reference runs the file as it is; ONNX Runtime, with float32 between the roundings. Where a sum falls
     between two numbers of bfloat16 they may round it apart, which is as much as bfloat16 may be off at all."""
@@ -115,7 +114,7 @@ def test_what_a_cpu_computes_of_a_bfloat16_graph_is_what_the_graph_says(half):
         open_session(half.path)
 
 
-@pytest.mark.parametrize("half", ["var-1-float16"], indirect=True)
+@pytest.mark.parametrize("half", ["llamagen-1-float16"], indirect=True)
 def test_only_bfloat16_is_widened(half):
     before = half.model.SerializeToString(deterministic=True)
     model = copy.deepcopy(half.model)
@@ -123,7 +122,10 @@ def test_only_bfloat16_is_widened(half):
     assert model.SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize(("precision", "weight"), [("float16", 1e5), ("bfloat16", 3.4e38)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "weight"), [("float16", 1e5), pytest.param("bfloat16", 3.4e38, marks=pytest.mark.rare)]
+)
 def test_a_weight_beyond_half_precision_is_refused_by_name(tmp_path, precision, weight):
     teacher, student = copy.deepcopy(untrained("llamagen"))
     student.trunk.blocks[0].ffn.down.weight.data[0, 0] = weight
@@ -145,6 +147,7 @@ def bundle_bf16(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_a_bundle_in_bfloat16_is_built_into_an_engine_and_drawn_on_a_cpu(bundle_bf16):
     manifest = read_manifest(bundle_bf16)
     assert (manifest.onnx.precision, manifest.engines[0].precision) == ("bfloat16", "bfloat16")
@@ -158,6 +161,7 @@ def test_a_bundle_in_bfloat16_is_built_into_an_engine_and_drawn_on_a_cpu(bundle_
     assert 0 < np.abs(images[0] - images[1]).mean() < 2
 
 
+@pytest.mark.slow
 def test_tritons_variant_for_a_cpu_is_a_graph_that_a_cpu_runs(bundle_bf16):
     """It opens its file without ddops; the variant for ONNX Runtime's backend keeps the graph as exported."""
     variants = [bundle_bf16 / f"triton/onestep_{name}/1/model.onnx" for name in ("python", "onnx")]

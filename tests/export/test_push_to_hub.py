@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddops import OneStepPipeline
 from ddops.export.manifest import read_manifest
-from ddops.inference import OneStepPipeline
 from helpers.hub_upload import LARGE, TOKEN, serve_uploads
 from helpers.tiny import ROOT, contents
 
 PUSH = """
 import sys
-from ddops.inference import OneStepPipeline
+from ddops import OneStepPipeline
 print(OneStepPipeline.from_pretrained(sys.argv[1]).push_to_hub("me/digits", private=True, message="a bundle"))
 """
 PULL = """
 import sys
-from ddops.inference import OneStepPipeline
+from ddops import OneStepPipeline
 pipe = OneStepPipeline.from_pretrained("me/digits")
 pipe([3, 7], seed=5).images[1].save(sys.argv[1])
 print(pipe.directory)
@@ -52,6 +52,7 @@ def client(hub, home, code, *arguments, token=TOKEN):
     )
 
 
+@pytest.mark.slow
 def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundle, tmp_path):
     pushed = client(hub, tmp_path / "one", PUSH, bundle)
     assert pushed.returncode == 0, pushed.stderr
@@ -72,6 +73,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub, bundle, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "seven.png")), np.asarray(expected))
 
 
+@pytest.mark.slow
 def test_without_the_right_token_nothing_is_stored(hub, bundle, tmp_path):
     refused = client(hub, tmp_path, PUSH, bundle, token="hf_wrong")
     assert refused.returncode != 0

@@ -6,8 +6,9 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from ddops.export.errors import BundleError, MissingExtra
+from ddops.export.errors import BundleError
 from ddops.export.session import open_session, run_outputs
+from ddops.extras import MissingExtra
 
 WEIGHT = np.arange(64, dtype=np.float32).reshape(8, 8)
 
@@ -60,7 +61,7 @@ def test_a_device_that_does_not_start_is_an_error(model, monkeypatch):
 
 
 def test_a_device_that_is_not_there_is_an_error(model):
-    with pytest.raises(BundleError, match="no device 'tpu' for ONNX Runtime; valid: cpu, cuda"):
+    with pytest.raises(BundleError, match=r"'tpu'.* valid: cpu, cuda"):
         open_session(model, "tpu")
     with pytest.raises(MissingExtra, match=r"ONNX Runtime on cuda needs .*ddops\[gpu\]"):
         open_session(model, "cuda")

@@ -9,8 +9,8 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from test_llamagen_t2i import SMALL_CAPTIONS
 
+from ddops import OneStepPipeline
 from ddops.captions.pretrained import TextEncoder
 from ddops.config.captions import DigitsPromptsConfig, EncodedCaptionsConfig, PromptSets, SeededEncoderConfig
 from ddops.config.stages import ProfileConfig
@@ -18,7 +18,6 @@ from ddops.export.bundle import Sources, write_bundle
 from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import read_manifest
 from ddops.export.triton import write_model_repository
-from ddops.inference import OneStepPipeline
 from ddops.models.conditions import Captions, pad_left
 from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.models.llamagen_tokenizer import LlamaGenTokenizer
@@ -27,9 +26,11 @@ from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
 from ddops.stages import paths
 from ddops.stages.captions import captions as captions_stage
-from helpers.llamagen_helpers import randomised
+from helpers.llamagen_helpers import SMALL_CAPTIONS, randomised
 from helpers.tiny import tiny
 from helpers.tiny_bundle import serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("t2i")]
 
 DIGITS = DigitsPromptsConfig(source="digits")
 SETTINGS = EncodedCaptionsConfig(

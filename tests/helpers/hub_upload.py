@@ -1,5 +1,5 @@
-"""The hub of tests/hub_server.py, with as much of its upload protocol as its client speaks: repository, preupload, LFS
-batch, commit; and the listing that a download of a whole repository begins with."""
+"""The hub of hub_server.py, with as much of its upload protocol as its client speaks: repository, preupload, LFS batch,
+commit; and the listing that a download of a whole repository begins with."""
 
 from __future__ import annotations
 

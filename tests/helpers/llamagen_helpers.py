@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import TypeVar
@@ -9,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddops.config.models import AutoencoderConfig, LlamaGenConfig
+from ddops.config.models import AutoencoderConfig, CaptionShape, LlamaGenConfig, SamplingConfig
 from ddops.models.checkpoints_llamagen import llamagen_student_state, llamagen_teacher_state
 from ddops.models.checkpoints_tokenizers import llamagen_tokenizer_state
 from ddops.models.llamagen import LlamaGenTeacher
@@ -90,3 +91,34 @@ def random_tokens(config: LlamaGenConfig, batch: int = 3) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(1)
     labels_B = torch.randint(config.num_classes, (batch,), generator=generator)
     return labels_B, torch.randint(config.codebook_size, (batch, len(config.level_sizes)), generator=generator)
+
+
+PLAIN = SamplingConfig(guidance=1.0, top_k=0, top_p=1.0, temperature=1.0)
+GUIDED = replace(PLAIN, guidance=2.0)
+FILTERED = replace(GUIDED, top_k=20, top_p=0.9)
+Draw = Callable[[Tensor], Tensor]
+
+
+def force(teacher: LlamaGenTeacher, labels_B: Tensor, ids_BL: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Log-probabilities (B, L, V) of a session in which these tokens are fixed, one after the other."""
+    session, log_probs = teacher.open(labels_B, sampling), []
+    for ids_B1 in ids_BL.split(1, dim=1):
+        log_probs.append(session.next_log_probs())
+        session.append(ids_B1)
+    return torch.cat(log_probs, dim=1)
+
+
+def sample(teacher: LlamaGenTeacher, labels_B: Tensor, sampling: SamplingConfig, draw: Draw) -> Tensor:
+    """Token ids (B, L), each drawn from the log-probabilities (B, V) of its position."""
+    session, ids = teacher.open(labels_B, sampling), []
+    for _ in range(teacher.layout.length):
+        ids.append(draw(session.next_log_probs()[:, 0]))
+        session.append(ids[-1])
+    return torch.cat(ids, dim=1)
+
+
+def multinomial(log_probs_BV: Tensor) -> Tensor:
+    return torch.multinomial(log_probs_BV.exp(), 1)
+
+
+SMALL_CAPTIONS = replace(SMALL, num_classes=0, captions=CaptionShape(length=5, width=6))

@@ -3,13 +3,15 @@
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime
 
 import httpx
@@ -28,7 +30,7 @@ def eventually(condition, what, patience=PATIENCE):
     while time.monotonic() < deadline:
         if value := condition():
             return value
-        time.sleep(0.2)
+        time.sleep(0.1)
     raise AssertionError(f"{what}: not within {patience} s")
 
 
@@ -102,10 +104,13 @@ class World:
             "PREFECT_API_URL": str(self.api.base_url).rstrip("/"),
             "PREFECT_HOME": str(directory / "prefect"),
             # So that tests do not wait for the next poll.
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "0.3",
+            "PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS": "0.3",
+            "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "0.5",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
             "PREFECT_SERVER_SERVICES_TRIGGERS_EVENTS_LOOP_SECONDS": "1",
+            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "0.3",
+            "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.3",
             **settings,
         }
         self.server = self.worker = None
@@ -131,6 +136,19 @@ class World:
                 return self.api.get("/health").status_code == 200
 
         eventually(healthy, "the server's health")
+
+    def keep_empty_database(self):
+        """The server's, as it has just been made: that takes a new server five seconds."""
+        with (
+            closing(sqlite3.connect(self.directory / "prefect" / "prefect.db")) as made,
+            closing(sqlite3.connect(self.directory / "empty.db")) as kept,
+        ):
+            made.backup(kept)
+
+    def give_empty_database(self, home):
+        """Put it where a server that is started with that PREFECT_HOME finds it."""
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.directory / "empty.db", home / "prefect.db")
 
     def kill_server(self):
         os.killpg(self.server.pid, signal.SIGKILL)

@@ -16,7 +16,11 @@ from ddops.config.load import compose, validate, write_params
 from ddops.config.stages import Config
 from ddops.models.interface import Student, Teacher
 from ddops.models.registry import build_student, build_teacher
+from ddops.models.weights import STUDENT, TOKENIZER, TRANSFORMER, save_weights
+from ddops.models.weights_dd2 import save_generator
+from ddops.stages import paths
 from ddops.trajectories.dataset import TrajectoryBatch
+from ddops.trajectories.shards import MANIFEST
 from ddops.workspace.files import TEMPLATE
 from ddops.workspace.recipes import RECIPES
 
@@ -30,7 +34,7 @@ SIZES = [
 ]
 """Pinned, so that tuning the presets changes no test."""
 FAMILIES = {
-    "llamagen": ["preset=digits", *SIZES, "teacher.model.ffn_hidden=48"],
+    "llamagen": ["preset=digits", "ar_diffusion=digits", *SIZES, "teacher.model.ffn_hidden=48"],
     "var": ["preset=digits_var", *SIZES, "teacher.model.mlp_ratio=2.0"],
 }
 
@@ -80,9 +84,12 @@ def write_recipes(directory: Path) -> None:
     shutil.copy(TEMPLATE / RECIPES, directory)
 
 
-def kill_stage_in(workspace: Path, stage: str, *, suffix: str, number: int) -> None:
-    """Run a stage's command line and SIGKILL it as its n-th file of a suffix, already written, would take its place."""
-    command = [sys.executable, "-c", KILLED_AT_A_FILE, f"ddops.stages.{stage}", suffix, str(number)]
+def kill_stage_in(workspace: Path, stage: str, *, suffix: str, number: int, first: str = "") -> None:
+    """Run a stage's command line and SIGKILL it as its n-th file of a suffix, already written, would take its place.
+
+    ``first`` is code that runs before the stage.
+    """
+    command = [sys.executable, "-c", first + KILLED_AT_A_FILE, f"ddops.stages.{stage}", suffix, str(number)]
     # As many threads as this process has: rounding depends on it.
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     result = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
@@ -105,3 +112,28 @@ class RandomBatches:
         size = len(indices_B), self.length
         noise_BLC = torch.randn(*size, self.codebook_VC.shape[1])
         return TrajectoryBatch(torch.randint(10, size[:1]), noise_BLC, torch.randint(len(self.codebook_VC), size))
+
+
+def write_weights(directory: Path) -> None:
+    """A tokenizer, a teacher, a student and a DD2 generator with random weights, and an empty trajectory data set."""
+    teacher, student = untrained("llamagen")
+    config = tiny("llamagen").teacher.model
+    for path in (paths.TOKENIZER, paths.DD1_STUDENT, paths.DD2_GENERATOR, paths.TRAJECTORIES / MANIFEST):
+        (directory / path).parent.mkdir(parents=True)
+    save_weights(directory / paths.TOKENIZER, teacher.tokenizer.state_dict(), config, TOKENIZER)
+    save_weights(directory / paths.TRANSFORMER, teacher.transformer.state_dict(), config, TRANSFORMER)
+    save_weights(directory / paths.DD1_STUDENT, student.state_dict(), config, STUDENT)
+    half = {name: value / 2 for name, value in student.state_dict().items()}
+    save_generator(directory / paths.DD2_GENERATOR, half, config, None)
+    (directory / paths.TRAJECTORIES / MANIFEST).write_text("{}")
+
+
+def stage_environment(**settings: str) -> dict[str, str]:
+    """Of a stage in a process of its own, which no launcher has started."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+        **settings,
+    }

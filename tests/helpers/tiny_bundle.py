@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import torch
 
 from ddops.export.bundle import Sources, write_bundle
+from ddops.inference import OneStepPipeline
 from ddops.models.weights import STUDENT, TOKENIZER, save_weights
 from helpers.tiny import tiny, untrained
 
@@ -85,10 +87,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(place: Path, log: Path, *arguments: str, wait: bool = True, **environment: str) -> Iterator[Server]:
+def serving(
+    place: Path, log: Path, *arguments: str, wait: bool = True, python: str = sys.executable, **environment: str
+) -> Iterator[Server]:
     """`ddops serve` on a free port; killed at the end where the test has not ended it."""
     port = free_port()
-    command = [sys.executable, "-m", "ddops.cli", "serve", str(place), "--port", str(port), *arguments]
+    command = [python, "-m", "ddops.cli", "serve", str(place), "--port", str(port), *arguments]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -102,3 +106,8 @@ def serving(place: Path, log: Path, *arguments: str, wait: bool = True, **enviro
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def pixels(pipe: OneStepPipeline, labels: Any, **options: Any) -> np.ndarray:
+    """The images as integers (N, H, W) or (N, H, W, channels)."""
+    return np.stack([np.asarray(image) for image in pipe(labels, **options).images]).astype(int)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import yaml
 
+from ddops.config.load import compose, write_params
 from helpers.dvc_environment import dvc_environment
+from helpers.repository import make_repository
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +56,7 @@ def outs(stage):
 
 def make(workspace, names=tuple(STAGES), **meta):
     """Write, compose (preset smoke) and commit such a project; its code and flows are this checkout's."""
-    workspace.mkdir(parents=True)
+    make_repository(workspace)
     shutil.copytree(ROOT / "params", workspace / "params")
     for file in ("prefect.yaml", "recipes.yaml"):
         shutil.copy(ROOT / file, workspace)
@@ -64,9 +66,7 @@ def make(workspace, names=tuple(STAGES), **meta):
     (workspace / ".gitignore").write_text("/.ddops/\n__pycache__\n/artifacts/\n/behave.yaml\n/deploy\n")
     (workspace / "dvc.yaml").write_text(yaml.safe_dump(declared(names, **meta), sort_keys=False))
     behave(workspace)
-    git(workspace, "init", "--quiet")
-    python(workspace, "-m", "dvc", "init", "--quiet")
-    python(workspace, "-m", "ddops.cli", "compose", "preset=smoke")
+    write_params(compose(workspace / "params", ["preset=smoke"]), workspace / "params.yaml")
     git(workspace, "add", "--all")
     git(workspace, "commit", "--quiet", "--message", "tiny")
     return workspace

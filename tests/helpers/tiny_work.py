@@ -1,4 +1,4 @@
-"""A stage of the pipeline that tests/tiny_pipeline.py makes: sleeps, prints, fails, as behave.yaml says."""
+"""A stage of the pipeline that tests/helpers/tiny_pipeline.py makes: sleeps, prints, fails, as behave.yaml says."""
 
 import base64
 import json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddops.config.models import AutoencoderConfig, VARConfig
+from ddops.models.checkpoints_var import var_student_state
 from ddops.models.interface import Student
+from ddops.models.var_student import VARStudent
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -77,3 +80,13 @@ def levels(tensors: dict[str, Tensor], prefix: str) -> list[Tensor]:
 
 def codebook(tensors: dict[str, Tensor]) -> Tensor:
     return tensors["sd_vae.quantize.embedding.weight"]
+
+
+SMALL = replace(TINY, width=32, depth=2, heads=2, patch_sizes=(1, 2, 4))
+
+
+@cache
+def golden_student() -> VARStudent:
+    student = VARStudent(TINY)
+    student.load_state_dict(var_student_state(with_prefix(golden("dd1_var"), "sd."), TINY))
+    return student.eval()

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddops import OneStepPipeline
 from ddops.config.stages import EngineConfig, ProfileConfig
 from ddops.export.copying import copy_bundle
 from ddops.export.engines import build_engines
 from ddops.export.manifest import EngineFacts, read_manifest, verify_files
 from ddops.export.triton import onnx_config, python_config, tensorrt_config, write_model_repository
-from ddops.inference import OneStepPipeline
 from helpers.tiny_bundle import free_port
 
 PYTHON = Path(os.environ.get("DDOPS_TRITON_PYTHON", Path(__file__).parents[2] / ".venv-triton/bin/python"))
@@ -135,6 +135,7 @@ def test_nothing_of_an_earlier_model_stays_in_the_repository(bundle, tmp_path):
     assert not [name for name in files if "tensorrt" in name]
 
 
+@pytest.mark.rare
 @needs_triton
 def test_every_configuration_is_one_by_tritons_definition(bundle):
     manifest = read_manifest(bundle)
@@ -162,6 +163,7 @@ def test_every_configuration_is_one_by_tritons_definition(bundle):
         assert configs[name]["output"][0]["dims"] == ["1", "8", "8"]
 
 
+@pytest.mark.rare
 @needs_triton
 def test_a_real_server_draws_the_images_of_the_seeds(repository, tmp_path):
     package = in_triton("import pytriton, pathlib; print(pathlib.Path(pytriton.__file__).parent)").strip()

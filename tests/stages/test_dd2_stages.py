@@ -10,7 +10,6 @@ from functools import cache
 
 import pytest
 import torch
-from test_launch import environment
 from torch.nn import functional as F
 
 from ddops.config.load import compose, load_config, write_params
@@ -28,7 +27,9 @@ from ddops.stages.common import sections
 from ddops.stages.distill_dd2 import distill_dd2
 from ddops.stages.sample import sample
 from ddops.stages.trajectories import trajectories
-from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained, write_recipes
+from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, stage_environment, tiny, untrained, write_recipes
+
+pytestmark = pytest.mark.xdist_group("dd2")  # which shares the stages' runs
 
 STAGES = {"ar_diffusion": ar_diffusion, "distill_dd2": distill_dd2, "sample": sample, "trajectories": trajectories}
 SHORT = ["steps=8", "batch_size=16", "processes=1", "warmup_steps=2", "log_every=2", "checkpoint_every=3"]
@@ -135,7 +136,10 @@ RESULTS = {"ar_diffusion": paths.AR_DIFFUSION, "distill_dd2": paths.DD2_GENERATO
 CURVES = {"ar_diffusion": paths.CURVES / "ar_diffusion", "distill_dd2": paths.CURVES / "dd2"}
 
 
-@pytest.mark.parametrize("kill", KILLS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kill", [pytest.param(name, marks=[pytest.mark.rare] * name.endswith("alternating")) for name in KILLS]
+)
 def test_a_dd2_stage_killed_with_sigkill_ends_with_the_same_bytes(kill, before, after, tmp_path, caplog):
     """Weights, curves and pictures, also when all but the weights was done; and nothing is left of the state."""
     settings, stage, suffix, number, message = KILLS[kill]
@@ -153,6 +157,7 @@ def test_a_dd2_stage_killed_with_sigkill_ends_with_the_same_bytes(kill, before, 
     assert not contents(killed / paths.STATE)
 
 
+@pytest.mark.rare
 def test_torchrun_trains_dd2_to_the_bytes_that_forking_does(before, tmp_path):
     """Both networks, their averages and the curves, of two processes that share every batch."""
     made = {}
@@ -165,7 +170,7 @@ def test_torchrun_trains_dd2_to_the_bytes_that_forking_does(before, tmp_path):
         result = subprocess.run(
             [sys.executable, "-m", "ddops.stages.distill_dd2"],
             cwd=workspace,
-            env=environment(DDOPS_LAUNCHER=launcher),
+            env=stage_environment(DDOPS_LAUNCHER=launcher),
             check=False,
         )
         assert result.returncode == 0
@@ -174,7 +179,9 @@ def test_torchrun_trains_dd2_to_the_bytes_that_forking_does(before, tmp_path):
     assert made["torchrun"] == made["fork"]
 
 
-@pytest.mark.parametrize("settings", RUNS)
+@pytest.mark.parametrize(
+    "settings", [pytest.param(name, marks=[pytest.mark.slow] * (name != "the paper's")) for name in RUNS]
+)
 def test_a_run_of_dd2_leaves_curves_of_the_whole_run_and_a_picture_an_evaluation(settings, after):
     """What the comparison of a killed run with this one is worth."""
     curves = after(settings, "distill_dd2") / paths.CURVES / "dd2"

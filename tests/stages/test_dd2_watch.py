@@ -40,9 +40,9 @@ def test_a_generator_without_variety_stops_the_stage():
     begun = [{"diversity": 0.9, "recall": 0.8}]
     check_diversity({"diversity": 0.71, "recall": 0.51}, begun, config)
     check_diversity({"diversity": 0.71}, begun, config)
-    with pytest.raises(Collapsed, match=r"spread 69% as far as the teacher.s .dd2.min_diversity: 70%"):
+    with pytest.raises(Collapsed, match=r"69% .*dd2\.min_diversity: 70%"):
         check_diversity({"diversity": 0.69, "recall": 0.51}, begun, config)
-    with pytest.raises(Collapsed, match=r"recall of the real images is 49% .dd2.min_recall: 50%"):
+    with pytest.raises(Collapsed, match=r"49% .*dd2\.min_recall: 50%"):
         check_diversity({"diversity": 0.71, "recall": 0.49}, begun, config)
 
 

@@ -206,7 +206,7 @@ def test_an_html_page_instead_of_the_file_is_called_one(place: Place) -> None:
 def test_the_disk_is_looked_at_before_anything_is_downloaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": len(CONTENT)})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(DownloadError, match=r"are needed and .* are free; make room, or set HF_HOME"):
+    with pytest.raises(DownloadError, match=r"needed .* free.* HF_HOME"):
         place.fetch()
     assert place.hub.count("GET") == 0
 
@@ -310,7 +310,7 @@ def test_a_file_from_any_url_is_trusted_once_and_checked_ever_after(
     assert obtain_file(remote(anywhere), "some.key", anywhere.lock) == fetched
     assert len(anywhere.hub.requests) == requests, "it is in the cache"
     fetched.path.write_bytes(CONTENT[:-1] + b"!")
-    with pytest.raises(DownloadError, match=r"has sha256 .*, expected .*Delete it and fetch again"):
+    with pytest.raises(DownloadError, match=r"sha256 .*, expected .*fetch again"):
         obtain_file(remote(anywhere), "some.key", anywhere.lock)
 
 

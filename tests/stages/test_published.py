@@ -31,7 +31,8 @@ from ddops.models.weights import (
 from ddops.sampling.few_step import sample_student
 from ddops.stages import distill_dd1, paths, teacher, trajectories
 from ddops.trajectories.dataset import TrajectoryDataset
-from ddops.trajectories.shards import DatasetError, read_manifest
+from ddops.trajectories.errors import DatasetError
+from ddops.trajectories.shards import read_manifest
 from helpers.hub_server import serve
 from helpers.published_world import MODELS, SCHEDULES, World, build, published_files, reference, saved
 from helpers.tiny import FAMILIES as FAMILY_OVERRIDES
@@ -126,7 +127,7 @@ def test_a_preset_that_trains_has_nothing_to_fetch(world: World, capsys: pytest.
 
 @FAMILIES
 def test_the_stages_fetch_what_is_not_trained(world: World, family: str) -> None:
-    """From there on: tests/test_published_evaluation.py."""
+    """From there on: tests/stages/test_published_evaluation.py."""
     assert main(["compose", f"preset=tiny_{family}"]) == 0
     config = load_config()
     teacher.teacher(config.seed, config.teacher)
@@ -169,7 +170,7 @@ def test_each_source_has_its_own_keys(world: World, path: str, value: Any, messa
 def test_training_needs_trajectories_and_features_their_protocol(world: World) -> None:
     with pytest.raises(ValueError, match=r"trajectories\.count: 0, but dd1\.source is train"):
         compose("params", ["preset=digits", "trajectories.count=0"])
-    with pytest.raises(ValueError, match=r"features\.name: inception do not judge the protocol digits"):
+    with pytest.raises(ValueError, match=r"features\.name: inception.* digits"):
         compose("params", ["preset=digits", "features=inception"])
 
 
@@ -254,7 +255,7 @@ def written(content: bytes) -> Path:
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(world: World, legacy: bool) -> None:
     value = {"model": RunsCode()}
     torch.save(value, "file.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match=r"file\.pth: refused: .*could run code\. Nothing of it was run"):
+    with pytest.raises(CheckpointError, match=r"file\.pth: refused: .*code"):
         read_published(Path("file.pth"), "model")
     assert not Path("the code ran").exists()
     with pytest.raises(CheckpointError, match=r"file\.pth"):

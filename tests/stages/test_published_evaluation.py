@@ -4,6 +4,7 @@ weights and few samples, through the protocols dd_50k and adm_50k."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,12 @@ COUNT = 70
 def inception() -> Inception:
     torch.manual_seed(0)
     return Inception().eval()
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inception on a ninth of the pixels; test_inception.py has all of them."""
+    monkeypatch.setattr("ddops.evaluation.inception.SIDE", 107)
 
 
 @pytest.fixture
@@ -93,6 +100,7 @@ def run_to_metrics(config: Config) -> dict:
     return json.loads(paths.METRICS.read_text())
 
 
+@pytest.mark.slow
 def test_dd_50k_from_the_released_student_to_the_exported_graph(world: World, inception: Inception) -> None:
     write_inputs(inception, "pytorch_fid", ("m", "s"), images=False)
     rows = "evaluate.rows=[dd1_1step,teacher_involved_2_3]"
@@ -113,10 +121,10 @@ def test_dd_50k_from_the_released_student_to_the_exported_graph(world: World, in
     assert torch.equal(samples.labels_N, open_protocol(config.evaluate).labels(0, Conditions(10)))
     assert len(samples.labels_N.unique()) == 10
 
-    command = ["table", "--rows", "teacher,dd1_1step,teacher_involved_2_3,skip_1"]
+    command = ["table", "--rows", "dd1_1step,skip_1"]
     assert main([*command, "--timing-batch", "2", "--timing-rounds", "1", "--ppl-samples", "0"]) == 0
     known = json.loads(paths.METRICS.with_name("table.json").read_text())["rows"]
-    assert set(known) == {"teacher", "dd1_1step", "teacher_involved_2_3", "skip_1"}
+    assert set(known) == {"dd1_1step", "skip_1"}
     assert known["dd1_1step"]["fid"] == metrics["dd1_1step"]["fid"], "taken over from the pipeline"
     assert known["skip_1"]["fid"] > 0
 
@@ -129,6 +137,7 @@ def test_dd_50k_from_the_released_student_to_the_exported_graph(world: World, in
     assert f"{metrics['dd1_1step']['fid']:.2f}" in page
 
 
+@pytest.mark.slow
 def test_adm_50k_with_the_reference_batchs_images(world: World, inception: Inception) -> None:
     write_inputs(inception, "tensorflow1", ("mu", "sigma"), images=True)
     overrides = ["evaluate=adm_50k", "evaluate.samples_per_class=7", "evaluate.kid.subset_size=50"]
@@ -143,6 +152,7 @@ def test_adm_50k_with_the_reference_batchs_images(world: World, inception: Incep
     assert metrics["protocol"]["labels"] == "as many of every class"
 
 
+@pytest.mark.slow
 def test_real_images_judged_against_themselves_are_perfect(world: World, inception: Inception) -> None:
     """The whole ruler of adm_50k at once: what it calls best must be the reference itself."""
     from ddops.evaluation.inception import convert_inception
@@ -176,7 +186,7 @@ def test_without_a_network_it_is_said_what_to_put_where(
     }[stage]
     with pytest.raises(DownloadError) as error:
         run()
-    assert f"{file} elsewhere, copy it to this machine and set {key}" in str(error.value)
+    assert re.search(rf"{re.escape(file)} .* set {re.escape(key)}", str(error.value))
     assert "the connection failed" in str(error.value)
 
 
@@ -192,10 +202,11 @@ def test_a_local_copy_must_be_the_published_file(world: World, inception: Incept
             features.features(config.seed, config.features)
             assert paths.CLASSIFIER.exists()
             continue
-        with pytest.raises(DownloadError, match=rf"inception\.pth: has sha256 .*, the published {name} has {sha256}"):
+        with pytest.raises(DownloadError, match=rf"inception\.pth: .* sha256 .* {name} has {sha256}"):
             features.features(config.seed, config.features)
 
 
+@pytest.mark.slow
 def test_plan_says_what_is_fetched(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "released_dd1_var_d16", "--params", str(PARAMS)]) == 0
     text = capsys.readouterr().out

@@ -1,22 +1,24 @@
 """The stage ``sample``: killed and run again, it ends with the bytes of an undisturbed run and draws nothing twice."""
 
 import json
-import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from ddops.config.load import compose, load_config, write_params
-from ddops.models.weights import STUDENT, TOKENIZER, TRANSFORMER, save_weights
 from ddops.models.weights_dd2 import save_generator
 from ddops.stages import paths
 from ddops.stages import sample as stage
 from ddops.stages.common import EXIT_TRY_AGAIN, sections
-from ddops.trajectories.shards import MANIFEST
-from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained, write_recipes
+from helpers.few_digits import CUT_SHORT, few_digits
+from helpers.here import run_stage_here
+from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained, write_recipes, write_weights
 
-ROWS = ("teacher", "dd1_1step", "dd2_1step")
+pytestmark = pytest.mark.xdist_group("sample")  # which shares an undisturbed run
+
+ROWS = ("dd1_1step", "dd2_1step")
 SETTINGS = [f"evaluate.rows=[{','.join(ROWS)}]", "evaluate.samples_per_image=1", "evaluate.seeds=[1,2]"]
 OTHERS_DIE = """
 import os, signal
@@ -40,28 +42,19 @@ def workspace(directory, processes=1):
     return directory
 
 
-def write_weights(directory):
-    teacher, student = untrained("llamagen")
-    config = tiny("llamagen").teacher.model
-    for path in (paths.TOKENIZER, paths.DD1_STUDENT, paths.DD2_GENERATOR, paths.TRAJECTORIES / MANIFEST):
-        (directory / path).parent.mkdir(parents=True)
-    save_weights(directory / paths.TOKENIZER, teacher.tokenizer.state_dict(), config, TOKENIZER)
-    save_weights(directory / paths.TRANSFORMER, teacher.transformer.state_dict(), config, TRANSFORMER)
-    save_weights(directory / paths.DD1_STUDENT, student.state_dict(), config, STUDENT)
-    half = {name: value / 2 for name, value in student.state_dict().items()}
-    save_generator(directory / paths.DD2_GENERATOR, half, config, None)
-    (directory / paths.TRAJECTORIES / MANIFEST).write_text("{}")
-
-
 def run(directory):
-    command = [sys.executable, "-m", "ddops.stages.sample"]
-    # A thread, as each of several processes has: rounding depends on it.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=directory, check=True, env=environment, capture_output=True)
+    ended = run_stage_here(directory, "sample")
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with few_digits():
+        yield
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(few, tmp_path_factory):
     directory = workspace(tmp_path_factory.mktemp("whole"))
     run(directory)
     return directory
@@ -76,10 +69,11 @@ def test_every_row_and_seed_is_drawn_of_the_models_in_hand(undisturbed):
     assert set(manifest["models"]) == {"tokenizer", "teacher", "dd1", "dd2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("death", [1, 4])
 def test_killed_between_files_it_goes_on(tmp_path, undisturbed, death):
     killed = workspace(tmp_path)
-    kill_stage_in(killed, "sample", suffix=".npz", number=death)
+    kill_stage_in(killed, "sample", first=CUT_SHORT, suffix=".npz", number=death)
     assert not (killed / paths.SAMPLES).exists(), "nothing unfinished is taken for a result"
     unfinished = next((killed / paths.STATE / "samples").iterdir())
     drawn = {file.relative_to(unfinished): file.stat().st_mtime_ns for file in unfinished.glob("*/*.npz")}
@@ -90,9 +84,10 @@ def test_killed_between_files_it_goes_on(tmp_path, undisturbed, death):
     assert drawn == {file: (killed / paths.SAMPLES / file).stat().st_mtime_ns for file in drawn}, "drawn once"
 
 
+@pytest.mark.slow
 def test_samples_of_other_models_are_not_gone_on_with(tmp_path, undisturbed):
     killed = workspace(tmp_path)
-    kill_stage_in(killed, "sample", suffix=".npz", number=4)
+    kill_stage_in(killed, "sample", first=CUT_SHORT, suffix=".npz", number=4)
     _, student = untrained("llamagen")
     third = {name: value / 3 for name, value in student.state_dict().items()}
     save_generator(killed / paths.DD2_GENERATOR, third, tiny("llamagen").teacher.model, None)
@@ -101,25 +96,30 @@ def test_samples_of_other_models_are_not_gone_on_with(tmp_path, undisturbed):
     assert {name for name in whole if found[name] != whole[name]} >= {"dd2_1step/seed1.npz", "manifest.json"}
 
 
+@pytest.mark.slow
 def test_processes_share_the_files_and_draw_the_same(tmp_path, undisturbed):
     shared = workspace(tmp_path, processes=2)
     run(shared)
     assert contents(shared / paths.SAMPLES) == contents(undisturbed / paths.SAMPLES)
 
 
+@pytest.mark.slow
 def test_several_processes_are_killed_and_go_on(tmp_path, undisturbed):
     killed = workspace(tmp_path, processes=2)
-    kill_stage_in(killed, "sample", suffix=".npz", number=3)
+    kill_stage_in(killed, "sample", first=CUT_SHORT, suffix=".npz", number=3)
     run(killed)
     assert contents(killed / paths.SAMPLES) == contents(undisturbed / paths.SAMPLES)
 
 
+@pytest.mark.slow
 def test_one_of_the_others_is_killed(tmp_path, undisturbed):
     """What it has drawn is missing, which is said; the same command draws that and nothing else."""
     killed = workspace(tmp_path, processes=2)
-    result = subprocess.run([sys.executable, "-c", OTHERS_DIE], cwd=killed, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", CUT_SHORT + OTHERS_DIE], cwd=killed, capture_output=True, text=True, check=False
+    )
     assert result.returncode == EXIT_TRY_AGAIN
-    assert "a process that drew teacher/seed2.npz ended; run the same command again" in result.stderr
+    assert re.search(r"dd1_1step/seed2\.npz .* the same command again", result.stderr)
     run(killed)
     assert contents(killed / paths.SAMPLES) == contents(undisturbed / paths.SAMPLES)
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from test_captions import ENCODER, PROMPTS, encoder, encoder_directory, settings  # noqa: F401
 
 from ddops.captions.conditions import Conditions
 from ddops.captions.encode import PromptSet, encode_set
@@ -26,6 +25,7 @@ from ddops.hub.records import DownloadError
 from ddops.models.classifier import DigitsClassifier
 from ddops.stages.statistics import asked, reference_facts, statistics_file
 from helpers.tiny import PARAMS
+from helpers.tiny_captions import ENCODER, PROMPTS, settings
 
 PRESET = "preset=llamagen_xl_t2i_256"
 
@@ -72,13 +72,13 @@ def ruler_of(config, asked):
 # Which prompts
 
 
-def test_every_prompt_is_asked_for_once_in_order(tmp_path, encoder):  # noqa: F811
+def test_every_prompt_is_asked_for_once_in_order(tmp_path, encoder):
     encode_set(tmp_path / "plain", PromptSet(PROMPTS), encoder, settings(), {})
     conditions = Conditions(5, CaptionSet(tmp_path / "plain"))
     protocol = open_protocol(config_of("evaluate.samples=4").evaluate)
     assert protocol.labels(0, conditions).tolist() == protocol.labels(7, conditions).tolist() == [0, 1, 2, 3]
     assert protocol.image_size == 256
-    with pytest.raises(MetricError, match=r"asks for 6 prompts without classes, captions.sets.evaluate holds 5"):
+    with pytest.raises(MetricError, match=r"6 prompts .*captions\.sets\.evaluate holds 5"):
         open_protocol(config_of("evaluate.samples=6").evaluate).labels(0, conditions)
     encode_set(tmp_path / "classed", PromptSet(PROMPTS, classes=[0, 1, 0, 2, 1]), encoder, settings(), {})
     with pytest.raises(MetricError, match="prompts without classes"):
@@ -139,7 +139,7 @@ def test_figures_of_other_prompts_or_another_clip_do_not_compare(clip_directory)
     assert "name" in comparable(facts, facts | {"name": "dd_50k"})
 
 
-def test_prompts_and_clip_are_found(tmp_path, encoder, clip_directory):  # noqa: F811
+def test_prompts_and_clip_are_found(tmp_path, encoder, clip_directory):
     encode_set(tmp_path, PromptSet(PROMPTS), encoder, settings(), {})
     files = ("config.json", "tokenizer.json", "model.safetensors")
     clip = PublishedEncoderConfig(name="clip", repo="o/clip", revision="main", files=files, path=str(clip_directory))
@@ -150,7 +150,7 @@ def test_prompts_and_clip_are_found(tmp_path, encoder, clip_directory):  # noqa:
     assert asked(validate(compose(PARAMS, ["preset=digits"]), "here").evaluate, tmp_path / "none") is None
 
 
-def test_what_the_gate_asks_of_figures_is_what_they_state(tmp_path, encoder, clip_directory):  # noqa: F811
+def test_what_the_gate_asks_of_figures_is_what_they_state(tmp_path, encoder, clip_directory):
     config, statistics = config_of(), tmp_path / "statistics.npz"
     statistics.write_bytes(b"statistics")
     encode_set(tmp_path / "prompts", PromptSet(PROMPTS), encoder, settings(), {})
@@ -169,7 +169,7 @@ def test_what_the_gate_asks_of_figures_is_what_they_state(tmp_path, encoder, cli
 def test_the_file_of_statistics_is_yours_and_checked(tmp_path):
     path = tmp_path / "statistics.npz"
     config = config_of(f"evaluate.statistics.path={path}")
-    with pytest.raises(DownloadError, match=r"statistics\.npz: no such file; evaluate.statistics.path is"):
+    with pytest.raises(DownloadError, match=r"statistics\.npz: .* evaluate\.statistics\.path"):
         statistics_file(config.evaluate)
     path.write_bytes(b"figures")
     assert statistics_file(config.evaluate) == path
@@ -194,5 +194,5 @@ def test_what_does_not_go_together_is_refused(overrides, message):
 
 
 def test_a_seeded_encoder_is_as_wide_as_the_teacher_takes():
-    with pytest.raises(ConfigError, match=r"captions.encoder.width: 64, but the teacher takes 32"):
+    with pytest.raises(ConfigError, match=r"captions\.encoder\.width: 64, .*32"):
         validate(compose(PARAMS, ["preset=digits_t2i", "captions.encoder.width=64"]), "here")

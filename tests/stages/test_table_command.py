@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from test_stage_sample import write_weights
 
 from ddops.cli import main
 from ddops.commands import table
@@ -15,7 +18,10 @@ from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.files import write_json
 from ddops.models.errors import CheckpointError
 from ddops.stages import paths
-from helpers.tiny import FAMILIES, PARAMS
+from helpers.few_digits import FEW, few_digits
+from helpers.tiny import FAMILIES, PARAMS, write_weights
+
+pytestmark = pytest.mark.xdist_group("table")  # which shares a table
 
 ROWS = ("teacher", "teacher_involved_1_3", "dd1_1step", "skip_4")
 COMMAND = ["table", "--rows", ",".join(ROWS), "--timing-batch", "2", "--timing-rounds", "1", "--ppl-samples", "20"]
@@ -28,19 +34,48 @@ def settings(*overrides):
     write_params(compose(PARAMS, [*FAMILIES["llamagen"], *judged, *smaller, *overrides]), paths.PARAMS)
 
 
-@pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_weights(tmp_path)
-    settings()
-    config = load_config(paths.PARAMS).features
-    torch.manual_seed(0)
-    save_classifier(paths.CLASSIFIER, new_classifier(config).eval(), config)
-    return tmp_path
+@pytest.fixture(scope="module", autouse=True)
+def few():
+    with few_digits():
+        yield
+
+
+@pytest.fixture(scope="module")
+def begun(few, tmp_path_factory):
+    """A workspace in which no table was made. Not to be changed."""
+    directory = tmp_path_factory.mktemp("begun")
+    with contextlib.chdir(directory):
+        write_weights(directory)
+        settings()
+        config = load_config(paths.PARAMS).features
+        torch.manual_seed(0)
+        save_classifier(paths.CLASSIFIER, new_classifier(config).eval(), config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(begun, tmp_path_factory):
+    """A workspace with a table, and the rows that were really drawn and judged for it. Not to be changed."""
+    directory = shutil.copytree(begun, tmp_path_factory.mktemp("finished") / "workspace")
+    with contextlib.chdir(directory), counting() as names:
+        assert main(COMMAND) == 0
+    return directory, names
 
 
 @pytest.fixture
-def judged(monkeypatch):
+def workspace(begun, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(begun, tmp_path / "workspace"))
+    return Path()
+
+
+@pytest.fixture
+def with_table(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(finished[0], tmp_path / "workspace"))
+    return Path()
+
+
+@contextlib.contextmanager
+def counting():
     """The rows that are really drawn and judged, in order."""
     names, judge = [], table._judge
 
@@ -49,18 +84,23 @@ def judged(monkeypatch):
         names.append(row.name)
         return figures
 
-    monkeypatch.setattr(table, "_judge", counted)
-    return names
+    with mock.patch.object(table, "_judge", counted):
+        yield names
 
 
-def test_every_row_has_the_papers_columns_and_says_what_it_is_of(workspace, judged):
-    assert main(COMMAND) == 0
+@pytest.fixture
+def judged():
+    with counting() as names:
+        yield names
+
+
+def test_every_row_has_the_papers_columns_and_says_what_it_is_of(finished, with_table):
     result = json.loads(RESULT.read_text())
-    assert judged == list(ROWS)
+    assert finished[1] == list(ROWS)
     for name in ROWS:
         row = result["rows"][name]
         assert row.keys() >= {"fid", "inception_score", "precision", "recall", "parameters", "passes", "seconds"}
-        assert (row["samples"], row["runs"]) == (1797, 2)
+        assert (row["samples"], row["runs"]) == (FEW, 2)
         assert row["seconds_range"][0] <= row["seconds"] <= row["seconds_range"][1]
         assert ("ppl" in row) == (name == "dd1_1step")
         assert row["commit"] == result["provenance"]["Git commit"]
@@ -73,8 +113,8 @@ def test_every_row_has_the_papers_columns_and_says_what_it_is_of(workspace, judg
     assert len([line for line in text.splitlines() if line.startswith("- ")]) == len(ROWS) - 1, "a claim a pair"
 
 
-def test_a_table_that_was_ended_half_way_goes_on_and_reads_the_same(workspace, judged, monkeypatch):
-    assert main(COMMAND) == 0
+@pytest.mark.slow
+def test_a_table_that_was_ended_half_way_goes_on_and_reads_the_same(with_table, judged, monkeypatch):
     whole = json.loads(RESULT.read_text())["rows"]
     RESULT.unlink()
 
@@ -100,28 +140,25 @@ def test_a_table_that_was_ended_half_way_goes_on_and_reads_the_same(workspace, j
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (lambda: settings("sampling.guidance=3.0"), "protocol"),
+        pytest.param(lambda: settings("sampling.guidance=3.0"), "protocol", marks=pytest.mark.slow),
         (lambda: settings("evaluate.seeds=[1]"), "protocol"),
-        (lambda: COMMAND.__setitem__(-1, "10"), "ppl"),
+        pytest.param(lambda: COMMAND.__setitem__(-1, "10"), "ppl", marks=pytest.mark.slow),
     ],
     ids=["sampling", "seeds", "paths"],
 )
-def test_figures_of_other_settings_do_not_stay_in_the_table(workspace, judged, capsys, monkeypatch, change, names):
+def test_figures_of_other_settings_do_not_stay_in_the_table(with_table, judged, capsys, monkeypatch, change, names):
     monkeypatch.setattr(f"{__name__}.COMMAND", [*COMMAND])
-    assert main(COMMAND) == 0
-    judged.clear()
     change()
     assert main(COMMAND) == 0
     assert f"table.json: is of other {names}: begun anew" in capsys.readouterr().err
     assert judged == list(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [True, False])
-def test_what_the_pipeline_judged_by_this_protocol_is_taken_over(workspace, judged, same):
-    assert main(COMMAND) == 0
+def test_what_the_pipeline_judged_by_this_protocol_is_taken_over(with_table, judged, same):
     result = json.loads(RESULT.read_text())
     RESULT.unlink()
-    judged.clear()
     protocol = result["protocol"] | ({} if same else {"asked_for": "9 samples a real image"})
     row = result["rows"]["teacher"] | {"fid": 123.0}
     write_json(paths.METRICS, {"protocol": protocol, "models": result["models"], "teacher": row})
@@ -130,8 +167,7 @@ def test_what_the_pipeline_judged_by_this_protocol_is_taken_over(workspace, judg
     assert (json.loads(RESULT.read_text())["rows"]["teacher"]["fid"] == 123.0) == same
 
 
-def test_times_of_two_runs_do_not_stand_in_one_table(workspace, judged):
-    assert main(COMMAND) == 0
+def test_times_of_two_runs_do_not_stand_in_one_table(with_table, judged):
     assert main([*COMMAND[:2], "teacher", *COMMAND[3:]]) == 0
     rows = json.loads(RESULT.read_text())["rows"]
     assert [name for name, row in rows.items() if "seconds" in row] == ["teacher"]
@@ -150,6 +186,7 @@ def test_the_clock_does_not_see_noise_being_made(workspace, judged, monkeypatch)
     assert drawn[0].shape == (4, 7, 3)
 
 
+@pytest.mark.slow
 def test_without_the_network_of_the_path_length_nothing_is_begun(workspace, judged, capsys, monkeypatch):
     def away(*_):
         raise CheckpointError("LPIPS needs VGG-16")

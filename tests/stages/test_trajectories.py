@@ -1,15 +1,11 @@
 """The trajectory data set: what it holds, the same bytes after a kill as without one, and that damage is seen."""
 
-import atexit
 import errno
 import json
 import logging
 import os
-import shutil
 import signal
-import tempfile
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +22,8 @@ from ddops.stages.trajectories import trajectories as trajectories_stage
 from ddops.trajectories import dataset as dataset_module
 from ddops.trajectories import mappers, memory
 from ddops.trajectories.dataset import TrajectoryDataset
+from ddops.trajectories.errors import DatasetError, SettingsDiffer
 from ddops.trajectories.generate import (
-    Job,
     SavedTeacher,
     generate,
     generate_some,
@@ -36,41 +32,10 @@ from ddops.trajectories.generate import (
     trajectory_noise,
 )
 from ddops.trajectories.mappers import in_this_process
-from ddops.trajectories.shards import DatasetError, SettingsDiffer, read_shard
+from ddops.trajectories.shards import read_shard
 from ddops.trajectories.verify import problems
 from helpers.tiny import contents, kill_stage_in, tiny, untrained, write_tiny_params
-
-FAMILIES = ["llamagen", "var"]
-SEED = 11
-COUNTS = ["trajectories.count=44", "trajectories.shard_size=12", "trajectories.batch_size=5"]
-OVERRIDES = (*COUNTS, "trajectories.tolerance=0.01", f"seed={SEED}")
-NAMES = [*(f"shard-{number:05d}.safetensors" for number in range(4)), "manifest.json"]
-CODE_DIM = 8
-NO_CAPTIONS = Path("no-captions")
-
-
-@cache
-def teacher_files(family="llamagen"):
-    """Where the untrained teacher of a family is, for this process."""
-    config, (teacher, _) = tiny(family).teacher.model, untrained(family)
-    directory = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, directory)
-    files = directory / "tokenizer.safetensors", directory / "transformer.safetensors"
-    modules = teacher.tokenizer, teacher.transformer
-    for path, module, kind in zip(files, modules, (TOKENIZER, TRANSFORMER), strict=True):
-        save_weights(path, module.state_dict(), config, kind)
-    return files
-
-
-def job(directory, family="llamagen", *, seed=SEED, **changes):
-    config = tiny(family, *OVERRIDES)
-    trajectories = replace(config.trajectories, **changes)
-    return Job.of(SavedTeacher.of(*teacher_files(family), NO_CAPTIONS), trajectories, config.sampling, seed, directory)
-
-
-def make(directory, family="llamagen", *, anew=False, mapper=in_this_process, **changes):
-    generate(job(directory, family, **changes), replace=anew, mapper=mapper)
-    return directory
+from helpers.tiny_trajectories import CODE_DIM, FAMILIES, NAMES, OVERRIDES, SEED, job, make, teacher_files
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +164,7 @@ def test_the_manifest_names_every_shard_and_what_it_was_made_with(complete):
 # killed, damaged, foreign
 
 
+@pytest.mark.slow
 def test_generation_killed_with_sigkill_ends_with_the_same_bytes(tmp_path, monkeypatch):
     """`python -m ddops.stages.trajectories`, dead as its third shard was to take its place, then run again."""
     config = tiny("llamagen", *OVERRIDES)
@@ -214,7 +180,7 @@ def test_generation_killed_with_sigkill_ends_with_the_same_bytes(tmp_path, monke
     directory = tmp_path / "killed" / paths.TRAJECTORIES
     left = contents(directory)
     assert {name for name in left if not name.startswith(".")} == {NAMES[0], NAMES[1]}
-    with pytest.raises(DatasetError, match="the data set is incomplete; run the trajectories stage"):
+    with pytest.raises(DatasetError, match=r"incomplete.* trajectories stage"):
         TrajectoryDataset(directory, CODE_DIM)
     before = times(directory)
 
@@ -307,17 +273,17 @@ OTHER_SETTINGS = [
     ("changes", "said"), [*OTHER_SETTINGS, ({"compiled": True}, "compiled None, now True")], ids=str
 )
 def test_other_settings_refuse_to_mix_and_say_what_differs(copy, complete, changes, said):
-    with pytest.raises(SettingsDiffer, match=rf"{NAMES[0]}: made with other settings: {said}\. Restore"):
+    with pytest.raises(SettingsDiffer, match=rf"{NAMES[0]}: .*: {said}\."):
         make(copy, **changes)
     assert contents(copy) == contents(complete)
 
 
 def test_another_teacher_or_guidance_refuses_to_mix(copy, complete):
     other = replace(job(copy), teacher_sha256="0" * 64)
-    with pytest.raises(SettingsDiffer, match=r"made with other settings: teacher_sha256 \w{64}, now 0{64}\."):
+    with pytest.raises(SettingsDiffer, match=r"teacher_sha256 \w{64}, now 0{64}\."):
         generate(other)
     other = replace(job(copy), sampling=replace(job(copy).sampling, guidance=3.5))
-    with pytest.raises(SettingsDiffer, match=r"made with other settings: sampling\.guidance 1\.5, now 3\.5\."):
+    with pytest.raises(SettingsDiffer, match=r"sampling\.guidance 1\.5, now 3\.5\."):
         generate(other)
     assert contents(copy) == contents(complete)
 
@@ -340,7 +306,7 @@ def test_a_foreign_shard_in_an_unfinished_data_set_is_refused_by_name(copy, comp
     (copy / "manifest.json").unlink()
     (copy / NAMES[2]).write_bytes(foreign.read_bytes())
     before = times(copy)
-    with pytest.raises(SettingsDiffer, match=rf"{NAMES[2]}: made with other settings: seed 99, now 11"):
+    with pytest.raises(SettingsDiffer, match=rf"{NAMES[2]}: .* seed 99, now 11"):
         make(copy)
     assert times(copy) == before
     make(copy, anew=True)
@@ -357,7 +323,7 @@ def test_other_settings_make_every_shard_again_where_that_is_asked_for(copy, cha
 
 
 def test_fewer_samples_than_there_are_drop_none_unasked(copy, complete):
-    with pytest.raises(SettingsDiffer, match=rf"{NAMES[2]}: past the 24 samples asked for \(2 such shards\)"):
+    with pytest.raises(SettingsDiffer, match=rf"{NAMES[2]}: .* 24 samples .*2 such shards"):
         make(copy, count=24)
     assert contents(copy) == contents(complete)
     make(copy, count=24, anew=True)
@@ -390,7 +356,13 @@ def test_what_does_not_belong_is_removed(copy):
 # several processes
 
 
-@pytest.mark.parametrize("mapper", [mappers.processes(2), mappers.dask(workers=2)], ids=["processes", "dask"])
+@pytest.mark.parametrize(
+    "mapper",
+    [
+        pytest.param(mappers.processes(2), id="processes"),
+        pytest.param(mappers.dask(workers=2), id="dask", marks=pytest.mark.rare),
+    ],
+)
 def test_several_processes_make_the_same_bytes(mapper, tmp_path, complete):
     make(tmp_path, mapper=mapper)
     assert contents(tmp_path) == contents(complete)
@@ -433,6 +405,7 @@ def test_a_number_of_workers_that_is_none_is_refused(monkeypatch):
         mappers.from_environment()
 
 
+@pytest.mark.slow
 def test_a_dask_worker_killed_half_way_loses_and_repeats_nothing(tmp_path, complete):
     """A real worker process, dead by SIGKILL as it makes the third shard: the cluster goes on to the same bytes."""
     cluster, marker = mappers.dask(workers=2), tmp_path / "marker"
@@ -480,14 +453,14 @@ def test_verify_counts(copy):
 @pytest.mark.parametrize("damage", [cut, flip_last_bit, missing], ids=lambda damage: damage.__name__)
 def test_an_altered_shard_is_refused_by_name(copy, damage):
     damage(copy / NAMES[2])
-    with pytest.raises(DatasetError, match=rf"{NAMES[2]}: missing or altered .*; generate it again"):
+    with pytest.raises(DatasetError, match=rf"{NAMES[2]}: .* generate it again"):
         TrajectoryDataset(copy, CODE_DIM)
 
 
 def test_noise_of_another_version_is_refused(copy):
     """The ids would not be those of the noise that this version computes, and training would learn nonsense."""
     change_manifest(copy, lambda manifest: manifest["settings"].update(noise_version="philox/0"))
-    with pytest.raises(DatasetError, match=rf"made with noise philox/0, this version computes {NOISE_VERSION}"):
+    with pytest.raises(DatasetError, match=rf"philox/0, .* {NOISE_VERSION}"):
         TrajectoryDataset(copy, CODE_DIM)
 
 

@@ -8,6 +8,7 @@ from ddops.config.evaluation import GateOverride
 from ddops.evaluation.gate import Check, Decision, Verdict
 from ddops.flows import artifacts
 from helpers import tiny_pipeline
+from helpers.repository import make_repository
 
 STALE = Check("the figures are of this dd1", passed=False, detail="the figures are of aaaa, in hand is bbbb")
 FRESH = Check("the figures are of this teacher", passed=True, detail="cccc")
@@ -75,26 +76,24 @@ def in_production(workspace, metrics):
 
 
 def at_head(workspace, metrics):
-    """As the figures of a DVC project's last commit."""
-    workspace.mkdir()
-    tiny_pipeline.git(workspace, "init", "--quiet")
-    tiny_pipeline.python(workspace, "-m", "dvc", "init", "--quiet")
-    (workspace / "dvc.yaml").write_text("metrics: [reports/metrics.json]\n")
+    """As the figures of a project's last commit."""
+    make_repository(workspace)
     write(workspace, artifacts.paths.METRICS, metrics)
     tiny_pipeline.git(workspace, "add", "--all")
     tiny_pipeline.git(workspace, "commit", "--quiet", "--message", "production")
 
 
-@pytest.mark.parametrize("place", [in_production, at_head])
 @pytest.mark.parametrize(
-    ("facts", "change", "said"),
+    ("place", "facts", "change", "said"),
     [
-        ({}, "+0.5", ""),
-        ({"seeds": [4]}, "+0.5", ""),
-        ({"features_sha256": "f" * 64}, "", "features_sha256"),
-        ({"asked_for": "8 samples a real image"}, "", "asked_for"),
-        ({"kid": {"subsets": 10, "subset_size": 100}}, "", "kid"),
-        ({"kid": None, "asked_for": "50,000"}, "", "asked_for, kid"),
+        (in_production, {}, "+0.5", ""),
+        (in_production, {"seeds": [4]}, "+0.5", ""),
+        (in_production, {"features_sha256": "f" * 64}, "", "features_sha256"),
+        (in_production, {"asked_for": "8 samples a real image"}, "", "asked_for"),
+        (in_production, {"kid": {"subsets": 10, "subset_size": 100}}, "", "kid"),
+        (in_production, {"kid": None, "asked_for": "50,000"}, "", "asked_for, kid"),
+        (at_head, {"seeds": [4]}, "+0.5", ""),
+        (at_head, {"kid": None, "asked_for": "50,000"}, "", "asked_for, kid"),
     ],
 )
 def test_figures_of_another_protocol_are_shown_without_a_change(tmp_path, published, place, facts, change, said):

@@ -18,7 +18,9 @@ from prefect.utilities.templating import apply_values, find_placeholders
 from ddops.cli import main
 from ddops.flows import environment
 from ddops.flows.leash import GRACE_SECONDS
+from helpers import forked
 from helpers.dvc_environment import dvc_environment
+from helpers.repository import make_repository
 from helpers.tiny_bundle import serving
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,7 @@ def test_what_is_copied_exists_and_nothing_runs_as_root(file):
     assert [line.split()[1] for line in lines[last:] if line.startswith("USER")] == ["10001"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["Dockerfile", "Dockerfile.cuda"])
 def test_what_the_servers_images_copy_is_a_package(file, tmp_path):
     """Built as they build it, from these files alone; the page and the other files that are no Python go along."""
@@ -100,6 +103,7 @@ def test_the_servers_arguments_are_understood(name, capsys, monkeypatch):
     assert "/models/production: no bundle there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_probes_are_answered(bundle, tmp_path):
     arguments = container()["args"]
     settings = arguments[arguments.index("--set") :]
@@ -166,6 +170,7 @@ def test_the_workers_image_is_a_checkout():
     assert f"workspace:{workspace}" in COMPOSE["services"]["worker"]["volumes"]
 
 
+@pytest.mark.slow
 def test_the_worker_starts_with_its_remote_and_its_deployments(tmp_path):
     """The script as the container runs it, in a checkout, with the settings of the compose file; Python, which would
     speak to Prefect's server, only writes down what it is asked."""
@@ -173,8 +178,7 @@ def test_the_worker_starts_with_its_remote_and_its_deployments(tmp_path):
     python = tmp_path / "bin/python"
     python.write_text('#!/bin/sh\necho "$@" >> "$CALLS"\n')
     python.chmod(0o755)
-    project = tmp_path / "project"
-    project.mkdir()
+    project = make_repository(tmp_path / "project")
     given = COMPOSE["services"]["worker"]["environment"]
     settings = {name: value for name, value in given.items() if name.startswith("DDOPS_")}
     world = dvc_environment(tmp_path / "dvc", ROOT / "src", **settings, CALLS=str(tmp_path / "calls"))
@@ -183,11 +187,13 @@ def test_the_worker_starts_with_its_remote_and_its_deployments(tmp_path):
     def run(*command):
         return subprocess.run(command, cwd=project, env=world, capture_output=True, text=True, check=True).stdout
 
-    run("git", "init", "--quiet")
-    run("dvc", "init", "--quiet")
     for _ in range(2):  # a container starts again with the same checkout
         run("sh", str(DEPLOY / "worker.sh"))
-    assert run("dvc", "remote", "list").split() == ["store", "s3://dvc", "(default)"]
+    assert forked.run_module("dvc", "remote", "list", cwd=project, env=world).stdout.split() == [
+        "store",
+        "s3://dvc",
+        "(default)",
+    ]
     assert "endpointurl = http://minio:9000" in (project / ".dvc/config.local").read_text()
     assert (tmp_path / "calls").read_text().split("\n") == ["-m ddops.flows.setup", "-m ddops.flows.worker"] * 2 + [""]
     assert "s3://dvc" not in (project / ".dvc/config").read_text(), "nothing that Git would see"

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 
 import onnx
 import pytest
@@ -20,88 +19,17 @@ from PIL import Image
 
 from ddops.config.load import compose
 from ddops.stages import paths
-from helpers.dvc_environment import dvc_environment
+from helpers import forked
+from helpers.pipeline_world import PATIENCE, STAGES, environment, forget, lock_of, run, stages_run
 from helpers.tiny import contents
 
-pytestmark = pytest.mark.pipeline
-
-ROOT = Path(__file__).parents[2]
-STAGES = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
-ROWS = [
-    "data",
-    "reconstruction",
-    "teacher",
-    "teacher_flow",
-    "dd1_1step",
-    "dd1_2step",
-    "dd2_1step",
-    "dd2_2step",
-    "onestep_class",
-    "onestep_star",
-]
-PATIENCE = 1200
-"""Seconds for one command, on a machine that is busy with other things."""
-
-
-def environment(workspace):
-    """This interpreter and the workspace's own code, no configuration of the user's, and no network."""
-    return dvc_environment(
-        workspace.parent / f"{workspace.name}-dvc",
-        workspace / "src",
-        # The commit's hash is in the exported model, which must not depend on the time of day.
-        **dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), "1767225600 +0000"),
-        **{f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "HTTP", "HTTPS")},
-    )
-
-
-def run(workspace, *command, fails=False):
-    """Output of a command, both streams together."""
-    result = subprocess.run(
-        command,
-        cwd=workspace,
-        env=environment(workspace),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert (result.returncode != 0) == fails, result.stdout
-    return result.stdout
-
-
-def clone(workspace):
-    """A repository of its own with every file of this one that git tracks or would; then preset smoke."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (workspace / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, workspace / name)
-    run(workspace, "git", "init", "--quiet")
-    run(workspace, "git", "add", "--all")
-    identity = ("-c", "user.name=test", "-c", "user.email=test@example.invalid")
-    run(workspace, "git", *identity, "commit", "--quiet", "--message", "everything")
-    run(workspace, "ddops", "compose", "preset=smoke")
-    return workspace
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A workspace whose pipeline ran to the end, and what that printed; not to be changed."""
-    workspace = clone(tmp_path_factory.mktemp("pipeline") / "first")
-    return workspace, run(workspace, "dvc", "repro")
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 
 @pytest.fixture
 def workspace(finished, tmp_path):
     """A copy of the finished one, to be changed."""
     return shutil.copytree(finished[0], tmp_path / "copy", symlinks=True)
-
-
-def stages_run(output):
-    return re.findall(r"^Running stage '(\w+)'", output, re.MULTILINE)
 
 
 def set_params(workspace, **sections):
@@ -112,8 +40,16 @@ def set_params(workspace, **sections):
     (workspace / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def lock_of(workspace):
-    return yaml.safe_load((workspace / "dvc.lock").read_text())["stages"]
+def status(workspace):
+    """The stages that DVC finds out of date."""
+    done = forked.run_module("dvc", "status", "--json", cwd=workspace, env=environment(workspace))
+    assert done.returncode == 0, done.stderr
+    return sorted(json.loads(done.stdout))
+
+
+def rows_of(workspace):
+    """The rows of the table and of the grids."""
+    return ["reconstruction", *yaml.safe_load((workspace / "params.yaml").read_text())["evaluate"]["rows"]]
 
 
 def test_one_command_leads_from_images_to_an_exported_generator(finished):
@@ -122,13 +58,15 @@ def test_one_command_leads_from_images_to_an_exported_generator(finished):
     model = onnx.load(workspace / paths.ONNX_BUNDLE / "model.onnx")
     assert {entry.key: entry.value for entry in model.metadata_props}["ddops.preset"] == "smoke"
     metrics = json.loads((workspace / paths.METRICS).read_text())
-    assert set(ROWS) - {"data"} <= set(metrics)
+    rows = rows_of(workspace)
+    assert {"dd1_1step", "dd2_1step"} < set(rows) <= set(metrics)
     report = (workspace / paths.REPORT).read_text()
     assert f"{metrics['dd1_1step']['fid']:.2f}" in report
-    # Beside the grids, the interpolations of the students' four rows, and DD2's one picture while it trained.
-    assert report.count("data:image/png;base64,") == len(ROWS) + 5
+    # The grids, that of the data among them; the students' interpolations; DD2's one picture while it trained.
+    students = [row for row in rows if row.startswith("dd")]
+    assert report.count("data:image/png;base64,") == len(rows) + 1 + len(students) + 1
     assert f"{metrics['dd1_1step']['fid']:.2f}" in (workspace / paths.MODEL_CARD).read_text()
-    for row in ROWS:
+    for row in ("data", *rows):
         assert Image.open(workspace / paths.GRIDS / f"{row}.png").width > 100
     # Progress, with rate, on every stage that takes long.
     for bar in (
@@ -173,7 +111,16 @@ def test_running_again_does_nothing(workspace):
 )
 def test_a_parameter_concerns_the_stages_that_read_it(workspace, section, change, expected):
     set_params(workspace, **{section: change})
-    assert sorted(json.loads(run(workspace, "dvc", "status", "--json"))) == expected
+    assert status(workspace) == expected
+
+
+def test_a_raised_recipe_runs_its_stage_again_and_changed_code_none(workspace):
+    code = workspace / "src/ddops/stages/teacher.py"
+    code.write_text(code.read_text() + "# a remark\n")
+    assert status(workspace) == []
+    recipes = yaml.safe_load((workspace / "recipes.yaml").read_text())
+    (workspace / "recipes.yaml").write_text(yaml.safe_dump(recipes | {"report": recipes["report"] + 1}))
+    assert stages_run(run(workspace, "dvc", "repro")) == ["report"]
 
 
 def test_a_changed_parameter_runs_again_only_what_depends_on_it(workspace):
@@ -199,11 +146,6 @@ def test_a_failing_gate_stops_the_pipeline_and_leaves_the_export_untouched(works
     assert stages_run(output) == ["gate"]
     assert contents(workspace / paths.ONNX_BUNDLE) == exported
     assert json.loads((workspace / paths.GATE_DECISION).read_text())["passed"] is False
-
-    # Nor does the stage on its own export what the gate refused.
-    output = run(workspace, "python", "-m", "ddops.stages.export_onnx", fails=True)
-    assert "export_onnx: the gate refused this model" in output
-    assert contents(workspace / paths.ONNX_BUNDLE) == exported
 
 
 class Loaded(HTMLParser):
@@ -233,23 +175,25 @@ def test_a_run_promotes_what_passed_and_the_next_leaves_it_there(workspace):
     assert run(workspace, "git", "status", "--porcelain") == ""
 
     # What depends on which model is in production runs again; the weights are the same, so that is all.
-    said = run(workspace, "ddops", "run", "smoke", "--promote", "again")
+    assert stages_run(run(workspace, "dvc", "repro")) == ["gate"]
+    said = run(workspace, "ddops", "promote", "--commit", "--if-new", "--by", "another run", "--reason", "again")
     assert "this model is in production already, as v1.0.0" in said
-    assert f"1 stages ran (gate), {len(STAGES) - 1} were up to date; v1.0.0 is in production" in said
     assert json.loads((workspace / paths.PRODUCTION).read_text()) == registry
 
 
 def test_metrics_and_plots_show_without_a_network(workspace):
     metrics = json.loads(run(workspace, "dvc", "metrics", "show", "--json"))[""]["data"]
-    assert metrics["reports/metrics.json"]["data"]["dd1_1step"]["fid"] > 0
+    assert list(metrics) == [str(paths.SUMMARY)], "one file, whose figures fit into a line"
+    assert metrics[str(paths.SUMMARY)]["data"]["fid"] > 0
+    assert max(map(len, run(workspace, "dvc", "metrics", "show").splitlines())) <= 160
     run(workspace, "dvc", "plots", "show")
     page = (workspace / "dvc_plots" / "index.html").read_text()
     loaded = Loaded(page)
     assert loaded.references == []
-    assert loaded.scripts >= 3 + 7
-    assert page.count("vegaEmbed('#") == 7
+    assert loaded.scripts >= 3 + 9
+    assert page.count("vegaEmbed('#") == 9
     assert "cdn." not in page
-    for name in ("loss", "cross_entropy", "fid_1step", "fid_2step", "reconstruction_error"):
+    for name in ("row", "loss", "cross_entropy", "fid_1step", "fid_2step", "reconstruction_error"):
         assert name in page
 
 
@@ -262,10 +206,11 @@ def test_dvcs_experiments_compose_what_the_command_composes(workspace):
     assert yaml.safe_load((workspace / "params.yaml").read_text()) == compose(workspace / "params", overrides)
 
 
-def test_killed_while_distilling_it_goes_on_and_ends_with_the_same_hashes(finished, tmp_path):
-    """From scratch in another directory, SIGKILL to everything after the student's first checkpoint, the command again:
-    every hash of every output is that of the run that nobody disturbed."""
-    workspace = clone(tmp_path / "second")
+def test_killed_while_distilling_it_goes_on_and_ends_with_the_same_hashes(finished, workspace, tmp_path):
+    """Without the student and all that was made of it, SIGKILL to everything after its first checkpoint, the command
+    again: every hash of every output is that of the run that nobody disturbed."""
+    later = STAGES[STAGES.index("distill_dd1") :]
+    forget(workspace, later)
     checkpoint = workspace / paths.STATE / "dd1.pt"
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
@@ -285,10 +230,7 @@ def test_killed_while_distilling_it_goes_on_and_ends_with_the_same_hashes(finish
     assert not (workspace / paths.DD1_STUDENT).exists()
 
     output = run(workspace, "dvc", "repro")
-    assert stages_run(output) == STAGES[STAGES.index("distill_dd1") :]
+    assert stages_run(output) == later
     assert re.search(r"dd1 student: resuming at step [1-9]\d* of ", output)
-    # The report names the commit, which is each clone's own.
-    locks = [lock_of(place) for place in (workspace, finished[0])]
-    assert [lock.pop("report")["cmd"] for lock in locks] == ["python -m ddops.stages.report"] * 2
-    assert locks[0] == locks[1]
+    assert lock_of(workspace) == lock_of(finished[0])
     assert (workspace / paths.DD1_STUDENT).read_bytes() == (finished[0] / paths.DD1_STUDENT).read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from contextlib import contextmanager, suppress
@@ -9,22 +10,20 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from test_pipeline import PATIENCE, clone, environment, run
 
 from ddops.flows import dvc, shards
 from ddops.stages import paths
+from helpers.pipeline_world import PATIENCE, environment, run
 from helpers.prefect_world import World, alive, eventually
-from helpers.tiny import SIZES, contents
+from helpers.tiny import contents
 
-SMALL = [
-    *SIZES,
-    *("trajectories.count=24", "trajectories.shard_size=8", "trajectories.batch_size=8"),
-    *(
-        f"teacher.{part}.{setting}"
-        for part in ("training", "tokenizer_training")
-        for setting in ("steps=4", "warmup_steps=1")
-    ),
-]
+SMALL = ["trajectories.count=24", "trajectories.shard_size=8", "trajectories.batch_size=8"]
+
+
+@pytest.fixture
+def workspace(finished, tmp_path):
+    """With a teacher, and a data set of other settings than those that are asked for."""
+    return shutil.copytree(finished[0], tmp_path / "work", symlinks=True)
 
 
 def making(flow):
@@ -38,8 +37,8 @@ def making(flow):
 
 
 @pytest.mark.pipeline
-def test_a_killed_worker_costs_nothing_and_the_bytes_are_those_of_one_process(tmp_path):
-    workspace = clone(tmp_path / "work")
+@pytest.mark.xdist_group("pipeline")
+def test_a_killed_worker_costs_nothing_and_the_bytes_are_those_of_one_process(workspace, tmp_path):
     env = {
         **environment(workspace),
         "DDOPS_DASK": "local",
@@ -95,10 +94,11 @@ def cluster_started_by_hand(workspace, tmp_path):
             process.wait(PATIENCE)
 
 
+@pytest.mark.rare
 @pytest.mark.pipeline
-def test_a_cluster_at_an_address_makes_the_same_bytes(tmp_path):
+@pytest.mark.xdist_group("pipeline")
+def test_a_cluster_at_an_address_makes_the_same_bytes(workspace, tmp_path):
     """With a Prefect server, which the flow alone is told of: the workers learn from it whom to report to."""
-    workspace = clone(tmp_path / "work")
     world = World(tmp_path, workspace)
     env = {**environment(workspace), "PREFECT_API_URL": world.env["PREFECT_API_URL"]}
     command = ["ddops", "run", "smoke", *SMALL, "--target", "trajectories"]

@@ -12,6 +12,7 @@ from ddops.cli import main
 from ddops.workspace.files import PIPELINE, TEMPLATE, WorkspaceError, template_files, write_files
 from helpers.dvc_environment import dvc_environment
 from helpers.tiny import ROOT
+from helpers.wheel import PIP, build_wheel
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("workspace")]
 
@@ -22,23 +23,9 @@ IDENTITY = {f"GIT_{who}_{what}": "ada@example.invalid" for who in ("AUTHOR", "CO
 def installed(tmp_path_factory):
     """The wheel's files in a directory of their own."""
     place = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(place)]
-    subprocess.run([*pip, "wheel", *options, str(copy_of_the_sources(place))], check=True, capture_output=True)
-    (wheel,) = place.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(place / "site"), str(wheel)], check=True)
+    install = ["install", "--no-deps", "--target", str(place / "site"), str(build_wheel(place))]
+    subprocess.run([sys.executable, *PIP, *install], check=True)
     return place / "site"
-
-
-def copy_of_the_sources(place):
-    """Without what earlier builds left: setuptools puts it into the wheel."""
-    listed = ["git", "ls-files", "-co", "--exclude-standard", "-z", "src", "pyproject.toml", "README.md", "LICENSE"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
-    for name in filter(None, names):
-        if (ROOT / name).is_file():
-            (place / "sources" / name).parent.mkdir(parents=True, exist_ok=True)
-            (place / "sources" / name).write_bytes((ROOT / name).read_bytes())
-    return place / "sources"
 
 
 def run(where, source, *command):
@@ -57,6 +44,7 @@ def test_the_wheel_makes_a_workspace_that_trains_a_teacher(installed, tmp_path):
     workspace = tmp_path / "work"
     assert yaml.safe_load((workspace / "params.yaml").read_text())["preset"] == "smoke"
     assert run(workspace, installed, "git", "status", "--porcelain") == ""
+    assert all((workspace / name).is_file() for name in template_files()), "dvc init deletes what is in .dvc"
     dvc = str(Path(sys.executable).with_name("dvc"))
     assert "teacher: 100%" in run(workspace, installed, dvc, "repro", "teacher")
     assert (workspace / "artifacts/teacher/transformer.safetensors").is_file()
@@ -66,8 +54,20 @@ def test_the_wheel_makes_a_workspace_that_trains_a_teacher(installed, tmp_path):
     (workspace / "params/preset/mine.yaml").write_text(own)
     run(workspace, installed, dvc, "exp", "run", "-S", "preset=mine", "captions")
     assert yaml.safe_load((workspace / "params.yaml").read_text())["seed"] == 7
-    assert "mine" in run(workspace, installed, "ddops", "presets")
-    assert "transformer" in run(tmp_path, installed, "ddops", "plan", "var_d16")
+    assert "1 were up to date" in run(workspace, installed, "ddops", "run", "mine", "--target", "captions")
+
+
+def test_presets_are_known_and_planned_where_there_is_no_workspace(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "preset").mkdir(parents=True)
+    (tmp_path / "mine/preset/own.yaml").write_text("# @package _global_\n# Mine. Not yours.\n")
+    assert main(["presets", "--params", "mine"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert {"digits", "smoke", "var_d16", "llamagen_l_dd2"} <= set(lines)
+    assert lines["own"] == "Mine."
+    assert all(sentence.endswith(".") for sentence in lines.values())
+    assert main(["plan", "var_d16"]) == 0
+    assert "310.28 M parameters" in capsys.readouterr().out
 
 
 def test_the_clone_is_a_workspace_like_any_other():

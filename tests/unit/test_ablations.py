@@ -23,10 +23,14 @@ def experiment(name, fid, state=None, day=1):
     data = {
         "timestamp": f"2026-11-{day:02}T10:00:00",
         "params": {ablations.PARAMS: {"data": {"seed": 0, "dd1": {"training": {"steps": 750}}}}},
-        "metrics": {ablations.METRICS: {"data": {"teacher": {"fid": fid}}}},
     }
     executor = None if state is None else {"state": state, "name": "dvc-task"}
-    return {"executor": executor, "name": name, "revs": [{"name": name, "data": data}]}
+    return {"executor": executor, "name": name, "revs": [{"name": name, "rev": str(fid), "data": data}]}
+
+
+def metrics_of(revision):
+    """What a commit of those experiments holds: its name is its teacher's FID."""
+    return {"teacher": {"fid": float(revision)}}
 
 
 def points_of(settings=(), metrics=()):
@@ -43,10 +47,10 @@ def test_what_has_not_run_is_left_out():
     """A queued experiment is shown with the figures of the commit it starts from."""
     name = ablations.name_of("guidance_rate", "5")
     for state in ("queued", "running", "failed"):
-        assert ablations.collect("guidance_rate", [{"experiments": [experiment(name, 1.0, state)]}]) == {}
+        assert ablations.collect("guidance_rate", [{"experiments": [experiment(name, 1.0, state)]}], metrics_of) == {}
     for state in ("success", None):
         shown = [{"experiments": None}, {"experiments": [experiment(name, 2.0, state), experiment("another", 3.0)]}]
-        (found,) = ablations.collect("guidance_rate", shown).items()
+        (found,) = ablations.collect("guidance_rate", shown, metrics_of).items()
         assert found[0] == "5"
         assert found[1].metrics == {"teacher": {"fid": 2.0}}
         assert found[1].settings == {"seed": 0, "dd1.training.steps": 750}
@@ -56,7 +60,8 @@ def test_of_several_commits_experiments_of_a_name_the_newest_counts():
     name = ablations.name_of("guidance_rate", "5")
     commits = [{"experiments": [experiment(name, fid, day=day)]} for day, fid in ((7, 1.0), (12, 2.0), (3, 3.0))]
     for shown in itertools.permutations(commits):
-        assert ablations.collect("guidance_rate", list(shown))["5"].metrics == {"teacher": {"fid": 2.0}}
+        newest = ablations.collect("guidance_rate", list(shown), metrics_of)["5"]
+        assert newest.metrics == {"teacher": {"fid": 2.0}}
 
 
 def test_points_that_were_judged_differently_share_no_chart():
@@ -67,7 +72,7 @@ def test_points_that_were_judged_differently_share_no_chart():
     points = points_of(metrics=metrics)
     assert ablations.protocol_of(points) == {"name": "digits", "asked_for": "8 samples a real image"}
     metrics["5"]["protocol"]["asked_for"] = "16 samples a real image"
-    with pytest.raises(SystemExit, match="1 and 5 were judged differently, no chart shows both: asked_for"):
+    with pytest.raises(SystemExit, match=r"1 and 5 .*: asked_for"):
         ablations.protocol_of(points)
 
 
@@ -103,7 +108,7 @@ def test_points_of_other_settings_share_no_chart(own, said):
     }
     assert ablations.settings_of("guidance_rate", points_of(settings)) == shared
     settings["5"] |= own
-    with pytest.raises(SystemExit, match=f"1 and 5 have other settings, no chart shows both: {said}$"):
+    with pytest.raises(SystemExit, match=f"1 and 5 .*: {said}$"):
         ablations.settings_of("guidance_rate", points_of(settings))
 
 
@@ -117,6 +122,7 @@ pathlib.Path("reports/metrics.json").write_text(json.dumps(metrics))
 """
 
 
+@pytest.mark.slow
 def test_what_dvc_recorded_under_two_commits_is_plotted_once_and_only_with_its_like(tmp_path, monkeypatch):
     """By DVC itself, in a project whose evaluation only adds."""
     workspace = tmp_path / "work"
@@ -125,7 +131,7 @@ def test_what_dvc_recorded_under_two_commits_is_plotted_once_and_only_with_its_l
     tiny_pipeline.python(workspace, "-m", "dvc", "init", "--quiet")
     (workspace / "evaluate.py").write_text(EVALUATE)
     stage = {"cmd": "python evaluate.py", "params": ["dd2", "steps"], "deps": ["evaluate.py"]}
-    stage["metrics"] = [{ablations.METRICS: {"cache": False}}]
+    stage["outs"] = [{str(ablations.METRICS): {"cache": False}}]
     (workspace / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"evaluate": stage}}))
 
     def run(steps, *points):
@@ -141,7 +147,7 @@ def test_what_dvc_recorded_under_two_commits_is_plotted_once_and_only_with_its_l
     monkeypatch.chdir(workspace)
     run(100, "1", "2")
     run(200, "1")
-    with pytest.raises(SystemExit, match="1 and 2 have other settings, no chart shows both: steps"):
+    with pytest.raises(SystemExit, match=r"1 and 2 .*: steps"):
         ablations.plot("guidance_rate", [])
     assert not list((workspace / ablations.RESULTS).iterdir())
     run(200, "2")

@@ -1,28 +1,22 @@
 """The map of the house: who may import whom, and that dvc.yaml says what the stages do."""
 
-import ast
-import importlib
+import json
 import subprocess
 import sys
-from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
-import pytest
-import yaml
-
 from ddops.stages import paths
 from ddops.stages.common import sections
+from helpers.house import DVC, PACKAGE, STAGES, imported_names, run_stage_call
 
 ROOT = Path(__file__).parents[2]
-SRC = ROOT / "src"
-PACKAGE = SRC / "ddops"
 FILES = sorted(PACKAGE.rglob("*.py"))
-DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
-STAGES = DVC["stages"]
 
 MAY_IMPORT = {
     "files": set(),
+    "extras": set(),
+    "git": set(),
     "lock": set(),
     "production": {"files"},
     "torchvision_compat": set(),
@@ -34,48 +28,52 @@ MAY_IMPORT = {
     "flow": {"config"},
     "models": {"config", "files", "flow"},
     "hub": {"config", "files", "models"},
-    "captions": {"workspace", "config", "files", "data", "models", "torchvision_compat"},
+    "captions": {"workspace", "config", "extras", "files", "data", "models", "torchvision_compat"},
     "sampling": {"config", "models", "flow"},
     "losses": {"config", "models", "torchvision_compat"},
     "training": {"config", "files", "sampling"},
-    "trajectories": {"workspace", "config", "files", "models", "captions", "flow", "sampling"},
+    "trajectories": {"workspace", "config", "extras", "files", "models", "captions", "flow", "sampling"},
     "pretrain": {"config", "data", "models", "training"},
     "distill": {"config", "models", "flow", "sampling", "losses", "training", "trajectories"},
     "costs": {"config", "models", "flow", "sampling", "losses", "training", "trajectories", "pretrain", "distill"},
     "evaluation": {
-        *(
-            "workspace",
-            "config",
-            "files",
-            "data",
-            "models",
-            "captions",
-            "flow",
-            "sampling",
-            "trajectories",
-            "torchvision_compat",
-        ),
+        *("config", "files", "git", "data", "models", "captions", "flow", "sampling", "trajectories"),
+        *("workspace", "torchvision_compat"),
     },
-    "export": {"class_names", "config", "files", "models", "captions", "sampling"},
-    "inference": {"class_names", "config", "files", "models", "captions", "sampling", "export"},
+    "export": {"class_names", "config", "extras", "files", "git", "models", "captions", "sampling"},
+    "inference": {"class_names", "config", "extras", "files", "models", "captions", "sampling", "export"},
     "serving": {"class_names", "config", "files", "production", "export", "inference"},
     "stages": {
         *("config", "files", "data", "models", "hub", "captions", "sampling", "losses", "training", "trajectories"),
-        *("workspace", "production", "pretrain", "distill", "evaluation", "export"),
+        *("workspace", "extras", "production", "pretrain", "distill", "evaluation", "export"),
     },
     "commands": {
-        *("class_names", "config", "files", "models", "hub", "captions", "sampling", "losses", "trajectories"),
-        *("workspace", "lock", "production", "costs", "evaluation", "export", "inference", "serving", "stages"),
+        *("class_names", "config", "extras", "files", "models", "hub", "captions", "sampling", "losses"),
+        *("trajectories", "workspace", "lock", "production", "costs", "evaluation", "export", "inference", "serving"),
+        "stages",
     },
-    "flows": {"config", "lock", "evaluation", "stages"},
-    "cli": {"workspace", "config", "lock", "models", "production", "evaluation", "export", "commands", "stages"},
+    "flows": {"config", "extras", "git", "lock", "evaluation", "stages"},
+    "cli": {
+        *(
+            "workspace",
+            "config",
+            "extras",
+            "lock",
+            "models",
+            "production",
+            "evaluation",
+            "export",
+            "commands",
+            "stages",
+        ),
+    },
 }
 """The whole rule. A line imports from lines above it and from nothing else; a new part of ddops needs a line."""
 
 ONLY_HERE = {
     "dvclive": {"training/curves.py"},
     "hydra": {"config/load.py"},
-    "torch_fidelity": {"evaluation/inception.py", "evaluation/metrics.py"},
+    "torch_fidelity": {"evaluation/fidelity.py", "evaluation/inception.py"},
     "lpips": {"losses/perceptual.py"},
     "torchvision": {"class_names.py"},
     "distributed": {"trajectories/mappers.py"},
@@ -98,19 +96,6 @@ def part_of(file):
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@cache
-def imported_names(file):
-    """Dotted names of everything a file imports, wherever in the file; ``from a import b`` gives a and a.b."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: a relative import hides what it imports"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
 def test_the_table_is_a_ladder():
     """No cycle can be written into it."""
     order = list(MAY_IMPORT)
@@ -118,30 +103,67 @@ def test_the_table_is_a_ladder():
         assert allowed <= set(takewhile(lambda above, part=part: above != part, order)), part
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_run_one_way(file):
-    if file.parent == PACKAGE and file.name in ("__init__.py", "__main__.py"):
-        return
-    part = part_of(file)
-    assert part in MAY_IMPORT, f"{part} is new: give it a line in MAY_IMPORT"
-    used = {name.split(".")[1] for name in imported_names(file) if name.startswith("ddops.")} - {part, "__version__"}
-    assert used <= MAY_IMPORT[part], f"{part} must not import {used - MAY_IMPORT[part]}"
+def test_imports_run_one_way():
+    """Every file at once: what fails is the list of those that import what they must not."""
+    wrong = {}
+    for file in FILES:
+        if file.parent == PACKAGE and file.name in ("__init__.py", "__main__.py"):
+            continue
+        part = part_of(file)
+        assert part in MAY_IMPORT, f"{part} is new: give it a line in MAY_IMPORT"
+        used = {name.split(".")[1] for name in imported_names(file) if name.startswith("ddops.")}
+        if strangers := used - MAY_IMPORT[part] - {part, "__version__"}:
+            wrong[str(file.relative_to(PACKAGE))] = strangers
+    assert not wrong
 
 
-@pytest.mark.parametrize("package", ONLY_HERE)
-def test_outside_tools_are_kept_to_their_place(package):
-    users = {
-        str(file.relative_to(PACKAGE))
-        for file in FILES
-        if any(name == package or name.startswith(f"{package}.") for name in imported_names(file))
+def test_outside_tools_are_kept_to_their_place():
+    wrong = {}
+    for package, allowed in ONLY_HERE.items():
+        users = {
+            str(file.relative_to(PACKAGE))
+            for file in FILES
+            if any(name == package or name.startswith(f"{package}.") for name in imported_names(file))
+        }
+        if strangers := users - allowed:
+            wrong[package] = strangers
+    assert not wrong
+
+
+def test_no_test_file_imports_another():
+    """What they share is in tests/helpers."""
+    files = [*(ROOT / "tests").rglob("*.py")]
+    tests = {file.stem for file in files if file.name.startswith("test_")}
+    wrong = {
+        str(file.relative_to(ROOT)): found
+        for file in files
+        if (found := {name for name in imported_names(file) if tests & set(name.split("."))})
     }
-    assert users <= ONLY_HERE[package]
+    assert not wrong
 
 
-@pytest.mark.parametrize("module", ["ddops.config.load", "ddops.cli", "ddops.stages.gate", "ddops.stages.report"])
-def test_what_computes_nothing_does_not_load_torch(module):
+def test_what_computes_nothing_does_not_load_torch():
     """A configuration error or a verdict shows in a moment, not after the seconds that torch takes to load."""
-    code = f"import sys, {module}; print(sorted({{'torch', 'dvc', 'prefect', 'sklearn'}} & set(sys.modules)))"
+    code = (
+        "import importlib, json, sys\n"
+        "heavy, seen = {'torch', 'dvc', 'prefect', 'sklearn'}, {}\n"
+        "for module in sys.argv[1:]:\n"
+        "    importlib.import_module(module)\n"
+        "    seen[module] = sorted(heavy & set(sys.modules))\n"
+        "print(json.dumps(seen))\n"
+    )
+    modules = ["ddops.config.load", "ddops.cli", "ddops.stages.gate", "ddops.stages.report"]
+    result = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == {module: [] for module in modules}
+
+
+def test_what_serves_and_the_command_line_load_nothing_that_trains():
+    """Nor what composes a configuration: `ddops serve` and `ddops --help` start at once, in an environment of their
+    own."""
+    modules = ["cli", "serving.server", "inference.pipeline", "export.session", "export.manifest"]
+    heavy = {"torch", "torchvision", "onnx", "dvc", "prefect", "sklearn", "safetensors", "matplotlib", "hydra"}
+    imports = "\n".join(f"import ddops.{module}" for module in modules)
+    code = f"import sys\n{imports}\nprint(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -177,33 +199,22 @@ CONSTANTS = {
 }
 
 
-def stage_function(name):
-    """What the stage's module hands to ``run_stage``."""
-    module = importlib.import_module(f"ddops.stages.{name}")
-    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run_stage":
-            return getattr(module, node.args[0].id)
-    raise AssertionError(f"{name} does not call run_stage")
-
-
 def test_every_stage_module_is_a_stage_and_the_other_way_round():
     modules = {file.stem for file in (PACKAGE / "stages").glob("*.py")} - {"__init__", *HELPERS}
     assert modules == set(STAGES)
     assert all(stage["cmd"] == f"sh stage.sh {name}" for name, stage in STAGES.items())
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_declares_the_parameters_it_reads(name):
+def test_a_stage_declares_the_parameters_it_reads():
     """A section read and not declared would not re-run the stage; declared and not read, it would do so for nothing."""
-    *read, recipe = STAGES[name]["params"]
-    assert sorted(read) == sorted(sections(stage_function(name)))
-    assert recipe == {"recipes.yaml": [name]}
+    declared = {name: (sorted(stage["params"][:-1]), stage["params"][-1]) for name, stage in STAGES.items()}
+    read = {name: (sorted(sections(run_stage_call(name)[0])), {"recipes.yaml": [name]}) for name in STAGES}
+    assert declared == read
 
 
-@pytest.mark.parametrize("constant", CONSTANTS)
-def test_every_path_in_the_code_is_the_output_of_one_stage(constant):
-    owners = [path for path in ALL_OUTPUTS if covers(path, CONSTANTS[constant])]
-    assert len(owners) == 1
+def test_every_path_in_the_code_is_the_output_of_one_stage():
+    owners = {name: [path for path in ALL_OUTPUTS if covers(path, constant)] for name, constant in CONSTANTS.items()}
+    assert not {name: found for name, found in owners.items() if len(found) != 1}
 
 
 def test_every_output_is_a_path_in_the_code():
@@ -212,11 +223,11 @@ def test_every_output_is_a_path_in_the_code():
     assert not strangers
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_declares_its_code_record_and_nothing_depends_on_it(name):
+def test_a_stage_declares_its_code_record_and_nothing_depends_on_it():
     """In Git and not in DVC's cache, as the decision of the gate is; for information, so nothing follows from it."""
-    assert {str(paths.code_record(name)): {"cache": False}} in STAGES[name]["outs"]
-    assert not any(covers(paths.CODE, Path(path)) for path in STAGES[name].get("deps", []))
+    for name, stage in STAGES.items():
+        assert {str(paths.code_record(name)): {"cache": False}} in stage["outs"]
+        assert not any(covers(paths.CODE, Path(path)) for path in stage.get("deps", []))
 
 
 def test_running_state_is_outside_the_outputs():
@@ -226,11 +237,11 @@ def test_running_state_is_outside_the_outputs():
     assert [path for path in persistent if path.parts[0] == "data"] == [paths.CAPTIONS, paths.TRAJECTORIES]
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_what_a_stage_depends_on_is_another_stages_output(name):
-    for dependency in map(Path, STAGES[name].get("deps", [])):
-        assert dependency in (*ALL_OUTPUTS, paths.PRODUCTION)
-        assert dependency not in outputs(STAGES[name])
+def test_what_a_stage_depends_on_is_another_stages_output():
+    for name, stage in STAGES.items():
+        for dependency in map(Path, stage.get("deps", [])):
+            assert dependency in (*ALL_OUTPUTS, paths.PRODUCTION), name
+            assert dependency not in outputs(stage), name
 
 
 def test_the_plotted_curves_are_outputs():

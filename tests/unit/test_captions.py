@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
-from test_llamagen_t2i import SMALL_CAPTIONS
 
 from ddops.captions.conditions import Conditions, open_conditions
 from ddops.captions.digits import NUMERALS, THICKNESS, describe, ink, slant
@@ -19,50 +18,20 @@ from ddops.captions.pretrained import TextEncoder, write_seeded_encoder
 from ddops.captions.prompts import read_prompts
 from ddops.captions.store import CaptionSet
 from ddops.config.captions import (
-    DigitsPromptsConfig,
-    EncodedCaptionsConfig,
     PromptFileConfig,
     PromptSets,
     PublishedEncoderConfig,
-    SeededEncoderConfig,
 )
 from ddops.data import digits
 from ddops.models.llamagen import LlamaGenTeacher
 from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.stages import paths
 from ddops.stages.captions import captions as captions_stage
-from helpers.llamagen_helpers import SMALL
+from helpers.llamagen_helpers import SMALL, SMALL_CAPTIONS
 from helpers.tiny import contents, write_tiny_params
+from helpers.tiny_captions import ENCODER, PROMPTS, settings
 
-ENCODER = SeededEncoderConfig(name="seeded", seed=3, width=6, layers=1, heads=2)
-PROMPTS = ["a cat", "a dog on a red bicycle by the sea", "a cat, asleep", "one two three", "cat"]
 LONG = "word " * 30
-
-
-@pytest.fixture(scope="module")
-def encoder_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("encoder")
-    write_seeded_encoder(directory, ENCODER, PROMPTS)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def encoder(encoder_directory):
-    return TextEncoder(encoder_directory, length=5)
-
-
-def settings(**changes):
-    digits_prompts = DigitsPromptsConfig(source="digits")
-    config = EncodedCaptionsConfig(
-        source="encode",
-        sets=PromptSets(train=digits_prompts, evaluate=digits_prompts),
-        encoder=ENCODER,
-        length=5,
-        dtype="float32",
-        batch_size=2,
-        shard_size=3,
-    )
-    return replace(config, **changes)
 
 
 def read(path, limit=None):

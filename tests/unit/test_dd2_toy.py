@@ -142,9 +142,9 @@ def total_variation(generator, output):
     ("output", "guidance", "divergence", "updates", "rate", "bound"),
     [
         ("codes", "teacher", "reverse", 3, 0.05, 0.1),
-        ("codes", "teacher", "jensen_shannon", 3, 0.05, 0.12),
-        ("codes", "teacher", "forward", 3, 0.05, 0.1),
-        ("embeddings", "ar_diffusion", "reverse", 5, 0.01, 0.12),
+        pytest.param("codes", "teacher", "jensen_shannon", 3, 0.05, 0.12, marks=pytest.mark.slow),
+        pytest.param("codes", "teacher", "forward", 3, 0.05, 0.1, marks=pytest.mark.slow),
+        pytest.param("embeddings", "ar_diffusion", "reverse", 5, 0.01, 0.12, marks=pytest.mark.slow),
     ],
 )
 def test_a_few_hundred_steps_bring_the_joint_distribution_to_the_teachers(

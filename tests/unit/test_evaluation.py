@@ -36,7 +36,7 @@ def test_the_judge_comes_back_as_it_was_saved(tmp_path):
 
 def test_a_damaged_judge_is_named(tmp_path):
     (tmp_path / "judge").write_bytes(b"not weights")
-    with pytest.raises(CheckpointError, match=r"judge: not a digits classifier .*; run the stage features again"):
+    with pytest.raises(CheckpointError, match=r"judge: .* stage features"):
         load_classifier(tmp_path / "judge")
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_var_student import SMALL, codebook, data, golden_student
 from torch import Tensor, nn
 
 from ddops.evaluation.drawing import sample_noise
@@ -30,6 +29,7 @@ from ddops.sampling.teacher import sample_teacher
 from helpers.llamagen_helpers import golden_student as golden_llamagen
 from helpers.llamagen_helpers import randomised
 from helpers.tiny import tiny, untrained
+from helpers.var_helpers import SMALL, codebook, golden, golden_student
 
 FAMILIES = pytest.mark.parametrize("family", ["llamagen", "var"])
 LABELS = torch.tensor([3, 1, 4])
@@ -103,9 +103,9 @@ def test_lean_teacher_involved_sequences_are_the_plain_ones(family: str, levels:
 def test_golden_images_come_out_of_every_grouping_of_levels(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
     """The released VAR student's two steps, its levels run one by one, partly together, all together."""
     monkeypatch.setattr(level_attention, "TOGETHER", together)
-    noise_BLC, labels_B = data()["in.sample_noise"], data()["in.sample_label_B"]
-    q_BLC = sample_student(golden_student(), codebook(data()), noise_BLC, labels_B, (0, 2), 2)
-    torch.testing.assert_close(q_BLC, data()["out.step2.seq_1"], atol=1e-4, rtol=1e-4)
+    noise_BLC, labels_B = golden("dd1_var")["in.sample_noise"], golden("dd1_var")["in.sample_label_B"]
+    q_BLC = sample_student(golden_student(), codebook(golden("dd1_var")), noise_BLC, labels_B, (0, 2), 2)
+    torch.testing.assert_close(q_BLC, golden("dd1_var")["out.step2.seq_1"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("levels", [VAR_221, (200, 30, 40), (3,)])

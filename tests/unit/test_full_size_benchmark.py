@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from helpers.here import run_script_here
+
 STEPS = 3
 SMALL = (
     *("teacher.model.depth=2", "teacher.model.width=64", "teacher.model.codebook_size=64"),
@@ -18,12 +19,14 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_every_phase_is_trained_timed_and_set_beside_the_plan(tmp_path: Path) -> None:
     output = tmp_path / "full_size.json"
     options = ["--output", str(output), "--work", str(tmp_path / "work"), "--steps", str(STEPS)]
-    for action in ("measure", "plan"):
-        command = [sys.executable, "benchmarks/full_size.py", action, *options, "--presets", "var_d16_dd2"]
-        subprocess.run([*command, "--overrides", *SMALL], cwd=ROOT, check=True, capture_output=True)
+    for action in ("one", "plan"):
+        arguments = [action, *options, "--presets", "var_d16_dd2", "--overrides", *SMALL]
+        ended = run_script_here("benchmarks/full_size.py", *arguments)
+        assert ended.returncode == 0, ended.stderr
     row = json.loads(output.read_text())["var_d16_dd2"]
     assert row["trajectories"]["samples"] == 12
     phases = [row["distill_dd1"], row["distill_dd1_float32"], row["ar_diffusion"]]

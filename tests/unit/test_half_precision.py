@@ -1,23 +1,26 @@
 """Training in bfloat16: which numbers are half as wide, and which must not be."""
 
+import dataclasses
+
 import pytest
-import test_alternating
-import test_training
 import torch
 from safetensors.torch import save
-from test_alternating import Pursuit
-from test_training import Killed, dying_at
 
 from ddops.config.models import HeadConfig
 from ddops.losses.dd2 import straight_through_codes
 from ddops.models.ar_diffusion import codebook_mean, new_ar_diffusion
 from ddops.models.quantization import nearest_code
 from ddops.models.weights_dd2 import as_backbone
+from ddops.training.checkpoint import CheckpointFile
+from ddops.training.loop import train
+from helpers import toy_alternating, toy_training
 from helpers.tiny import FAMILIES, tiny, untrained
+from helpers.toy_alternating import Pursuit
+from helpers.toy_training import Killed, dying_at
 
 
 def half(**changes):
-    return test_training.training(precision="bfloat16", **changes)
+    return toy_training.training(precision="bfloat16", **changes)
 
 
 def test_products_are_half_as_wide_and_what_is_kept_is_not(tmp_path):
@@ -27,19 +30,17 @@ def test_products_are_half_as_wide_and_what_is_kept_is_not(tmp_path):
 
     def watched(model, indices_B, step):
         hook = model[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-        values = test_training.objective(model, indices_B, step)
+        values = toy_training.objective(model, indices_B, step)
         hook.remove()
         return values
 
-    options = {"seed": 7, "dataset_size": test_training.DATASET_SIZE, "description": "toy"}
+    options = {"seed": 7, "dataset_size": toy_training.DATASET_SIZE, "description": "toy"}
     states = []
-    for name, config in (("half", half()), ("full", test_training.training())):
-        checkpoint = test_training.CheckpointFile(tmp_path / f"{name}.pt", name)
-        model = test_training.new_model()
+    for name, config in (("half", half()), ("full", toy_training.training())):
+        checkpoint = CheckpointFile(tmp_path / f"{name}.pt", name)
+        model = toy_training.new_model()
         states.append(
-            test_training.train(
-                model, watched, config=config, checkpoint=checkpoint, curves_dir=tmp_path / name, **options
-            )
+            train(model, watched, config=config, checkpoint=checkpoint, curves_dir=tmp_path / name, **options)
         )
         assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
         assert {value.dtype for value in states[-1].values()} <= {torch.float32, torch.int64}
@@ -53,15 +54,13 @@ def test_products_are_half_as_wide_and_what_is_kept_is_not(tmp_path):
 
 
 def test_resumed_equals_uninterrupted_in_half_precision_too(tmp_path):
-    whole = test_training.run(tmp_path / "whole", config=half())
+    whole = toy_training.run(tmp_path / "whole", config=half())
     with pytest.raises(Killed):
-        test_training.run(tmp_path / "part", dying_at(11), config=half())
-    assert test_training.run(tmp_path / "part", config=half()) == whole
+        toy_training.run(tmp_path / "part", dying_at(11), config=half())
+    assert toy_training.run(tmp_path / "part", config=half()) == whole
 
 
 def test_both_networks_of_the_alternating_updates_run_in_half_precision(tmp_path, monkeypatch):
-    import dataclasses
-
     seen = {}
 
     class Watched(Pursuit):
@@ -74,11 +73,11 @@ def test_both_networks_of_the_alternating_updates_run_in_half_precision(tmp_path
             seen["generator"] = x.dtype
             return super().generator(generator, guidance, indices_B, step)
 
-    plain_training = test_alternating.training
+    plain_training = toy_alternating.training
     monkeypatch.setattr(
-        test_alternating, "training", lambda processes: dataclasses.replace(plain_training(1), precision="bfloat16")
+        toy_alternating, "training", lambda processes: dataclasses.replace(plain_training(1), precision="bfloat16")
     )
-    test_alternating.run(tmp_path, Watched())
+    toy_alternating.run(tmp_path, Watched())
     assert seen == {"guidance": True, "generator": torch.bfloat16}
 
 

@@ -100,5 +100,5 @@ def test_weights_without_the_counters_of_training_are_taken(weights: Path, tmp_p
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "judge").write_bytes(b"not weights")
-    with pytest.raises(CheckpointError, match=r"judge: not Inception's weights .*run the stage features again"):
+    with pytest.raises(CheckpointError, match=r"judge: .* stage features"):
         load_inception(tmp_path / "judge", "pytorch_fid", "")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from lean_report import baseline, ratio, tables, throughput  # noqa: E402
+from benchmarks.lean_report import baseline, ratio, tables, throughput
+from helpers.here import run_script_here
 
 
 def benchmark(*arguments: str) -> None:
-    subprocess.run([sys.executable, "benchmarks/lean.py", *arguments], cwd=ROOT, check=True, capture_output=True)
+    ended = run_script_here("benchmarks/lean.py", *arguments)
+    assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 def test_sittings_add_up_and_the_ways_agree(tmp_path: Path) -> None:
     output = tmp_path / "lean.json"
     names = ("reference_1", "plain_1", "lean_1", "lean_2", "teacher")
@@ -36,6 +34,7 @@ def test_sittings_add_up_and_the_ways_agree(tmp_path: Path) -> None:
     assert (tmp_path / "lean.png").stat().st_size > 5000
 
 
+@pytest.mark.rare
 def test_exported_graphs_draw_what_is_timed_beside_them(tmp_path: Path) -> None:
     """As users run them, from a bundle; in half precision too."""
     output, names = tmp_path / "lean.json", ("lean_1", "onnx_1", "onnx_1_fp16")

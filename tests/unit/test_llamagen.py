@@ -5,7 +5,6 @@ The golden output with guidance on a part of the positions only (``cfg_interval`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -18,15 +17,23 @@ from ddops.config.models import SamplingConfig
 from ddops.models.checkpoints_llamagen import llamagen_teacher_state
 from ddops.models.errors import CheckpointError
 from ddops.models.llamagen import LlamaGenTeacher
-from helpers.llamagen_helpers import LENGTH, SMALL, TINY, golden_teacher, random_tokens, randomised
+from helpers.llamagen_helpers import (
+    FILTERED,
+    GUIDED,
+    LENGTH,
+    PLAIN,
+    SMALL,
+    TINY,
+    force,
+    golden_teacher,
+    multinomial,
+    random_tokens,
+    randomised,
+    sample,
+)
 from helpers.var_helpers import TOLERANCE, golden, with_prefix
 
-PLAIN = SamplingConfig(guidance=1.0, top_k=0, top_p=1.0, temperature=1.0)
-GUIDED = replace(PLAIN, guidance=2.0)
-FILTERED = replace(GUIDED, top_k=20, top_p=0.9)
 SEED = 11
-
-Draw = Callable[[Tensor], Tensor]
 
 
 @cache
@@ -37,28 +44,6 @@ def data() -> dict[str, Tensor]:
 @cache
 def small_teacher() -> LlamaGenTeacher:
     return randomised(LlamaGenTeacher(SMALL))
-
-
-def force(teacher: LlamaGenTeacher, labels_B: Tensor, ids_BL: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Log-probabilities (B, L, V) of a session in which these tokens are fixed, one after the other."""
-    session, log_probs = teacher.open(labels_B, sampling), []
-    for ids_B1 in ids_BL.split(1, dim=1):
-        log_probs.append(session.next_log_probs())
-        session.append(ids_B1)
-    return torch.cat(log_probs, dim=1)
-
-
-def sample(teacher: LlamaGenTeacher, labels_B: Tensor, sampling: SamplingConfig, draw: Draw) -> Tensor:
-    """Token ids (B, L), each drawn from the log-probabilities (B, V) of its position."""
-    session, ids = teacher.open(labels_B, sampling), []
-    for _ in range(teacher.layout.length):
-        ids.append(draw(session.next_log_probs()[:, 0]))
-        session.append(ids[-1])
-    return torch.cat(ids, dim=1)
-
-
-def multinomial(log_probs_BV: Tensor) -> Tensor:
-    return torch.multinomial(log_probs_BV.exp(), 1)
 
 
 def likeliest(log_probs_BV: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_llamagen import FILTERED, GUIDED, PLAIN, force, multinomial, sample
 from torch import Tensor
 
 from ddops.config.dd2 import HeadConfig
@@ -24,11 +23,22 @@ from ddops.models.llamagen_student import LlamaGenStudent
 from ddops.models.weights import TRANSFORMER, load_metadata, load_weights, save_weights
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.teacher import conditional_log_probs
-from helpers.llamagen_helpers import LENGTH, SMALL, TINY, randomised
+from helpers.llamagen_helpers import (
+    FILTERED,
+    GUIDED,
+    LENGTH,
+    PLAIN,
+    SMALL,
+    SMALL_CAPTIONS,
+    TINY,
+    force,
+    multinomial,
+    randomised,
+    sample,
+)
 from helpers.var_helpers import TOLERANCE, golden, with_prefix
 
 CONFIG = replace(TINY, num_classes=0, captions=CaptionShape(length=8, width=32))
-SMALL_CAPTIONS = replace(SMALL, num_classes=0, captions=CaptionShape(length=5, width=6))
 NUMBERS = torch.arange(3)
 SEED = 21
 

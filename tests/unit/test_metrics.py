@@ -117,7 +117,7 @@ def test_frechet_distance_of_a_set_to_itself_is_zero_in_any_order_and_batch():
 @pytest.mark.parametrize("count", [2, FEATURES])
 def test_too_few_samples_are_refused(count):
     reference = streamed(normal(300, FEATURES, 1), 64)
-    with pytest.raises(MetricError, match=rf"samples: .* needs more than {FEATURES} samples, got {count}"):
+    with pytest.raises(MetricError, match=rf"samples: .* {FEATURES} samples, got {count}"):
         frechet_distance(streamed(normal(count, FEATURES, 0), 64), reference)
 
 
@@ -129,7 +129,7 @@ def test_a_singular_covariance_is_refused_and_not_judged(whose):
     features_NF[:, 5] = features_NF[:, 0] * 3
     singular = streamed(features_NF, 64)
     pair = (singular, good) if whose == "samples" else (good, singular)
-    with pytest.raises(MetricError, match=rf"{whose}: the covariance of 6 features is singular, of rank 4"):
+    with pytest.raises(MetricError, match=rf"{whose}: .* 6 features .* rank 4"):
         frechet_distance(*pair)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ SCHEDULES = {
 }
 
 
+@cache
 def config_of(preset: str) -> Config:
     return load_preset(preset, PARAMS).config
 
@@ -91,6 +93,7 @@ def test_models_have_the_published_sizes(preset: str) -> None:
     assert round(size.parameters / 1e6, digits) == published
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(("preset", "name", "size"), [("released_dd1_llamagen_b", "DD1 student", 98.32)])
 def test_plan_states_sizes_and_costs_and_fetches_nothing(
@@ -125,6 +128,7 @@ def test_presets_with_dd2_are_those_without_it_and_dd2_after_dd1(preset: str) ->
     assert set(config.evaluate.rows) > set(without.evaluate.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "card"), [("var_d16_dd2", "h100"), ("llamagen_l_dd2", "h100")])
 def test_dd2_of_a_published_teacher_is_predicted_to_fit_the_card(preset: str, card: str) -> None:
     """Its updates run, without values, through the stages' own code, in the precision that the preset trains in."""
@@ -190,6 +194,7 @@ def test_sizes_and_work_that_were_measured_elsewhere(capsys: pytest.CaptureFixtu
     assert measured.tokenizer.parameters / 1e6 == pytest.approx(108.95, abs=0.01)
 
 
+@pytest.mark.slow
 def test_plan_takes_overrides_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
     text = planned("var_d16", capsys, "trajectories.count=1000", "dd1.training.batch_size=4096", "--device", "a100")
     assert "1,000 by the flow map" in text
@@ -198,6 +203,7 @@ def test_plan_takes_overrides_and_devices(capsys: pytest.CaptureFixture[str]) ->
     assert "no device 'abacus' in the table; valid: h200" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plan_of_a_trained_preset(capsys: pytest.CaptureFixture[str]) -> None:
     text = planned("digits", capsys)
     assert "train the digits classifier" in text

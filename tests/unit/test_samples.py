@@ -69,7 +69,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("readme", "hello")
-    with pytest.raises(CheckpointError, match=r"a\.npz: not a file of samples .*run the stage sample again"):
+    with pytest.raises(CheckpointError, match=r"a\.npz: .* stage sample"):
         open_samples(path)
 
 

@@ -1,9 +1,6 @@
 """What the benchmark of distances to the teacher reads off a generator: oracles for its figures."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +11,9 @@ from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.models.weights import STUDENT, TOKENIZER, TRANSFORMER, save_weights
 from ddops.models.weights_dd2 import save_generator
 from ddops.stages import paths
+from helpers.here import run_script_here
 from helpers.tiny import tiny, untrained, write_tiny_params
 
-ROOT = Path(__file__).parents[2]
 COUNT = 700
 """Not a multiple of the batch."""
 
@@ -55,11 +52,12 @@ def test_the_teachers_own_tokens_are_at_its_reference_and_cost_what_its_sessions
     assert nats == pytest.approx(total / ids_BL.numel(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_each_generator_that_is_there_has_a_row(workspace, tmp_path):
     output = tmp_path / "distance.json"
-    command = [sys.executable, "benchmarks/teacher_distance.py", str(workspace), str(workspace)]
-    command += ["--another", f"again={workspace}", "--output", str(output), "--count", "200"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    arguments = [str(workspace), str(workspace), "--another", f"again={workspace}", "--output", str(output)]
+    ended = run_script_here("benchmarks/teacher_distance.py", *arguments, "--count", "200")
+    assert ended.returncode == 0, ended.stderr
     result = json.loads(output.read_text())
     rows = result["rows"]
     assert list(rows) == ["teacher", "whole DD1", "short DD1", "short DD1, then DD2", "short DD1, then DD2, again"]

@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from ddops.config.load import load_config
-from ddops.config.training import TrainingConfig
 from ddops.stages import paths
 from ddops.stages.checkpoints import checkpoint_file
 from ddops.stages.features import features as features_stage
@@ -28,68 +26,7 @@ from ddops.training.errors import ReplicaLost, TrainingDiverged
 from ddops.training.loop import build_optimizers, train
 from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 from helpers.tiny import contents, kill_stage_in, write_tiny_params
-
-SETTINGS = {
-    "steps": 24,
-    "batch_size": 5,
-    "processes": 1,
-    "optimizer": "adamw",
-    "learning_rate": 0.05,
-    "final_learning_rate": 0.001,
-    "warmup_steps": 3,
-    "betas": (0.9, 0.99),
-    "weight_decay": 0.1,
-    "gradient_clip": 1.0,
-    "ema_decay": 0.9,
-    "log_every": 3,
-    "checkpoint_every": 4,
-}
-DATASET_SIZE = 13
-
-
-def training(**changes):
-    return TrainingConfig(**{**SETTINGS, **changes})
-
-
-def new_model():
-    """With weights, biases, a buffer that changes and dropout, so that nothing which a run depends on is left out."""
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 1))
-
-
-def objective(model, indices_B, step):
-    x = torch.linspace(-1, 1, DATASET_SIZE * 3).view(DATASET_SIZE, 3)[indices_B]
-    loss = (model(x + 0.1 * torch.randn_like(x)) - x.prod(1, keepdim=True)).square().mean()
-    return {"loss": loss, "size": loss.sqrt()}
-
-
-class Killed(BaseException):
-    """Not an Exception, so that nothing tidies up after it."""
-
-
-def dying_at(step_of_death, exception=Killed):
-    def mortal(model, indices_B, step):
-        if step == step_of_death:
-            raise exception
-        return objective(model, indices_B, step)
-
-    return mortal
-
-
-def run(directory, objective=objective, *, fingerprint="this run", config=None, **options):
-    """Train in a directory; the bytes of the weights and of every curve file."""
-    state = train(
-        new_model(),
-        objective,
-        config=config or training(),
-        seed=7,
-        dataset_size=DATASET_SIZE,
-        checkpoint=CheckpointFile(directory / "state.pt", fingerprint),
-        curves_dir=directory / "curves",
-        description="toy",
-        **options,
-    )
-    return save(state), contents(directory / "curves")
+from helpers.toy_training import DATASET_SIZE, Killed, dying_at, new_model, objective, run, training
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +91,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(tmp_path, uninterrupted, 
         run(tmp_path, dying_at(9), fingerprint="another run", config=training(learning_rate=0.2))
     with caplog.at_level(logging.INFO):
         assert run(tmp_path) == uninterrupted
-    assert "belongs to a run with other settings or inputs: starting anew" in caplog.text
+    assert "starting anew" in caplog.text
     assert "resuming" not in caplog.text
 
 
@@ -211,7 +148,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_p
         values = objective(model, indices_B, step)
         return {**values, "loss": values["loss"] * bad} if step == 6 else values
 
-    with pytest.raises(TrainingDiverged, match=r"toy: not a number at step 8: .* Lower the learning_rate"):
+    with pytest.raises(TrainingDiverged, match=r"toy: .* step 8.* learning_rate"):
         run(tmp_path, diverging)
     state = CheckpointFile(tmp_path / "state.pt", "this run").load()
     assert state is not None
@@ -318,6 +255,7 @@ KILLS = {
 """The stage, the checkpoint that dies as it was to take its place (three a training), what resuming says, a result."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", KILLS)
 def test_a_stage_killed_with_sigkill_ends_with_the_same_bytes(kill, tmp_path, monkeypatch, caplog):
     """`python -m ddops.stages.<stage>`, dead in the middle of its work, then run again."""

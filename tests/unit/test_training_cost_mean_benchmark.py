@@ -1,13 +1,10 @@
 """Where the mean of several trainings comes to the whole DD1's mean end: curves made by hand."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from helpers.here import run_script_here
 
 
 def training(seed, whole, short, settings=("preset=digits", "dd1.training.steps=4")):
@@ -26,9 +23,8 @@ def run(tmp_path, *trainings):
     files = [tmp_path / f"{index}.json" for index in range(len(trainings))]
     for file, found in zip(files, trainings, strict=True):
         file.write_text(json.dumps(found))
-    command = [sys.executable, "benchmarks/training_cost_mean.py", *map(str, files)]
-    command += ["--output", str(tmp_path / "mean.json")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    arguments = [*map(str, files), "--output", str(tmp_path / "mean.json")]
+    return run_script_here("benchmarks/training_cost_mean.py", *arguments)
 
 
 def test_the_mean_is_there_from_the_point_after_which_it_never_rises_above_the_aim(tmp_path):

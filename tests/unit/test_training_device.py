@@ -11,6 +11,7 @@ from ddops.models.layout import LevelLayout
 from ddops.training.device import training_device
 
 
+@pytest.mark.slow
 def test_every_step_of_every_training_runs_on_a_device_that_only_pretends():
     """In a process of its own: autograd must meet such a device before any other, and a process never loses it."""
     steps = Path(__file__).parents[1] / "helpers" / "on_a_pretended_gpu.py"

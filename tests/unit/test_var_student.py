@@ -18,21 +18,22 @@ from ddops.models.var_student import VARStudent
 from ddops.models.var_tokenizer import VARTokenizer
 from ddops.sampling.few_step import renoise, sample_student
 from ddops.sampling.plain import final_sequence, plain_sample
-from helpers.var_helpers import NUM_LEVELS, TINY, TOLERANCE, Sample, codebook, golden, with_prefix
-
-SMALL = replace(TINY, width=32, depth=2, heads=2, patch_sizes=(1, 2, 4))
+from helpers.var_helpers import (
+    NUM_LEVELS,
+    SMALL,
+    TINY,
+    TOLERANCE,
+    Sample,
+    codebook,
+    golden,
+    golden_student,
+    with_prefix,
+)
 
 
 @cache
 def data() -> dict[str, Tensor]:
     return golden("dd1_var")
-
-
-@cache
-def golden_student() -> VARStudent:
-    student = VARStudent(TINY)
-    student.load_state_dict(var_student_state(with_prefix(data(), "sd."), TINY))
-    return student.eval()
 
 
 @cache

@@ -97,9 +97,9 @@ def test_bytes_are_a_function_of_the_contents(tmp_path: Path) -> None:
         "save_weights(Path(sys.argv[1]), some_state(), SMALL, 'student', {f'key{i}': 'é' for i in range(9)})"
     )
     places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    written = [tmp_path / f"{index}.safetensors" for index in range(3)]
-    for path in written:
-        subprocess.run([sys.executable, "-c", program, str(path), *places], check=True)
+    written = [tmp_path / "elsewhere.safetensors", tmp_path / "here.safetensors"]
+    subprocess.run([sys.executable, "-c", program, str(written[0]), *places], check=True)
+    save_weights(written[1], some_state(), SMALL, STUDENT, {f"key{index}": "é" for index in range(9)})
     reordered = tmp_path / "reordered.safetensors"
     extra = {f"key{index}": "é" for index in reversed(range(9))}
     save_weights(reordered, dict(reversed(some_state().items())), SMALL, STUDENT, extra)
@@ -132,25 +132,25 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_file_is_refused(path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors is not a readable.*produce it again"):
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors.*produce it again"):
         load_weights(path, TRANSFORMER)
 
 
 def test_a_file_of_another_format_is_refused(path: Path) -> None:
     torch.save(some_state(), path)
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors is not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
         load_weights(path, TRANSFORMER)
 
 
 def test_another_kind_is_refused(path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors holds a transformer, but a student was asked for"):
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors.*transformer.*student"):
         load_weights(path, STUDENT)
 
 
 @pytest.mark.parametrize("key", ["kind", "config", "format_version"])
 def test_missing_metadata_is_refused(path: Path, key: str) -> None:
     with_metadata(path, **{key: None})
-    with pytest.raises(CheckpointError, match=rf"weights\.safetensors lacks the metadata ddops\.{key}.*import"):
+    with pytest.raises(CheckpointError, match=rf"weights\.safetensors.*ddops\.{key}.*import"):
         load_weights(path, TRANSFORMER)
 
 
@@ -209,7 +209,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"(?s)tokenizer do not fit.*codebook"):
         load_teacher(tokenizer_path, transformer_path)
     save_weights(tokenizer_path, build_tokenizer(SMALL_VAR).state_dict(), SMALL_VAR, TOKENIZER)
-    with pytest.raises(CheckpointError, match=r"holds a var tokenizer and .* a llamagen transformer"):
+    with pytest.raises(CheckpointError, match=r"var tokenizer.*llamagen transformer"):
         load_teacher(tokenizer_path, transformer_path)
 
 

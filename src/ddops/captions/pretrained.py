@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddops.captions.errors import CaptionError
 from ddops.config.captions import SeededEncoderConfig
+from ddops.extras import explained
 from ddops.torchvision_compat import define_missing_operators
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -30,7 +31,7 @@ class TextEncoder:
         """From the files in ``directory``; captions longer than ``length`` tokens are cut.
 
         Raises:
-            CaptionError: transformers is not installed, or there is no encoder that it reads.
+            CaptionError: there is no encoder that transformers reads. MissingExtra: it is not installed.
         """
         transformers = _transformers()
         try:
@@ -65,7 +66,7 @@ class ImageTextModel:
         """From the files in ``directory``.
 
         Raises:
-            CaptionError: transformers is not installed, or there is no CLIP model that it reads.
+            CaptionError: there is no CLIP model that transformers reads. MissingExtra: it is not installed.
         """
         transformers = _transformers()
         try:
@@ -107,7 +108,7 @@ def write_seeded_encoder(directory: Path, config: SeededEncoderConfig, prompts: 
     that :class:`TextEncoder` reads.
 
     Raises:
-        CaptionError: transformers is not installed.
+        MissingExtra: transformers is not installed.
     """
     transformers = _transformers()
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -145,7 +146,7 @@ def _transformers() -> Any:
     define_missing_operators()
     try:
         import transformers
-    except ImportError:
-        raise CaptionError("captions are encoded by transformers: pip install 'ddops[t2i]'") from None
+    except ModuleNotFoundError as error:
+        raise explained(error, "what reads captions") from None
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ddops.captions.errors import CaptionError
+from ddops.extras import explained
 
 NAMED: Final = 20
 """Bad rows of a kind that are named; all are counted."""
@@ -114,8 +115,8 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     try:
         import pyarrow as pa
         from pyarrow import parquet
-    except ImportError:
-        raise CaptionError(f"{path}: reading Parquet needs pyarrow: pip install 'ddops[t2i]'") from None
+    except ModuleNotFoundError as error:
+        raise explained(error, f"{path}: Parquet") from None
     try:
         with parquet.ParquetFile(path) as file:
             _require_column(path, column, file.schema_arrow.names)

@@ -13,6 +13,7 @@ import yaml
 from ddops.commands.arguments import CommandError, Subparsers
 from ddops.commands.repository import dvc, git
 from ddops.config.load import WORKSPACE_PARAMS, compose, write_params
+from ddops.extras import require
 from ddops.stages import paths
 from ddops.workspace.files import outdated, replace_pipeline, write_files
 
@@ -47,12 +48,13 @@ def run_init(arguments: argparse.Namespace) -> None:
     Raises:
         WorkspaceError: files are in the way.
         ConfigError: no such preset; nothing is written.
-        CommandError: Git or DVC is missing, or refused.
+        CommandError: Git is missing, or Git or DVC refused. MissingExtra: DVC is not installed.
     """
     directory: Path = arguments.directory
     own = directory / "params"
     values = compose(own if (own / "config.yaml").is_file() else WORKSPACE_PARAMS, [f"preset={arguments.preset}"])
     git("--version")
+    require("dvc", "ddops init")
     if (directory / paths.PARAMS).exists() and not _is_preset(directory, values):
         raise CommandError(f"{directory / paths.PARAMS}: is there already; ddops compose changes a workspace's preset")
     write_files(directory)
@@ -127,11 +129,13 @@ def _in_repository() -> bool:
 
 
 def _init_dvc() -> None:
-    """DVC's directory around the configuration that lies there already."""
-    config = Path(".dvc/config").read_bytes()
+    """DVC's directory around the files that lie there already, which DVC would delete."""
+    kept = {path: path.read_bytes() for path in Path(".dvc").rglob("*") if path.is_file()}
     at_the_top = Path(git("rev-parse", "--show-toplevel")).resolve() == Path.cwd().resolve()
     dvc("init", "--quiet", "--force", *([] if at_the_top else ["--subdir"]))
-    Path(".dvc/config").write_bytes(config)
+    for path, content in kept.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def _commit() -> bool:

@@ -37,7 +37,7 @@ RUN: Final = (Path("dvc.lock"), paths.PARAMS)
 """What must be committed, so that the commit says where a version is from: what ran, and with which settings."""
 RESULTS: Final = (
     *(paths.METRICS, paths.ROWS_TABLE, paths.FEATURES_METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS),
-    *(paths.ENGINE_METRICS, paths.TRAJECTORIES_THROUGHPUT, paths.CODE),
+    *(paths.ENGINE_METRICS, paths.SUMMARY, paths.TRAJECTORIES_THROUGHPUT, paths.CODE),
 )
 """What a run writes that Git keeps, beside :data:`RUN`."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from ddops.commands.arguments import CommandError
+from ddops.extras import require
 
 STAGE: Final = "production"
 """GTO's name for where a version is in use."""
@@ -24,7 +25,8 @@ def git(*arguments: str) -> str:
 
 
 def dvc(*arguments: str) -> str:
-    """Output of a DVC command; raises CommandError."""
+    """Output of a DVC command; raises CommandError, or MissingExtra."""
+    require("dvc", "DVC's side of this")
     return _run([sys.executable, "-m", "dvc", *arguments])
 
 
@@ -37,7 +39,7 @@ def user() -> str:
 
 
 def require_tools() -> None:
-    """Raises CommandError where Git, DVC or GTO is missing: before anything is written, not half-way."""
+    """Raises CommandError or MissingExtra where Git, DVC or GTO is missing: before anything is written."""
     git("rev-parse", "--show-toplevel")
     dvc("root")
     _gto("--version")
@@ -118,6 +120,7 @@ def commit_and_tag(files: Sequence[Path], message: str, preset: str, version: st
 
 
 def _gto(*arguments: str) -> str:
+    require("gto", "a version's tag")
     return _run([sys.executable, "-m", "gto.cli", *arguments])
 
 

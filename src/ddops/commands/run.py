@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ddops.commands.arguments import CommandError, Subparsers
+from ddops.extras import require
 from ddops.workspace.recipes import require_recipes
 
 
@@ -34,25 +34,24 @@ def register(commands: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Become the flow's process; raises CommandError."""
+    """Become the flow's process; raises CommandError or MissingExtra."""
     _become("run", "ddops.flows", arguments.arguments)
 
 
 def run_prefect(arguments: argparse.Namespace) -> None:
-    """Become the process that starts server and worker; raises CommandError."""
+    """Become the process that starts server and worker; raises CommandError or MissingExtra."""
     _become("prefect", "ddops.flows.up", arguments.arguments)
 
 
 def _become(command: str, module: str, arguments: Sequence[str]) -> None:
     """
     Raises:
-        CommandError: this is no workspace, or Prefect is not installed.
+        CommandError: this is no workspace. MissingExtra: Prefect is not installed.
         RecipeError: the workspace is of another ddops: said now, not by a stage in the middle of the run.
     """
     if not Path("dvc.yaml").is_file():
         raise CommandError("no dvc.yaml here: run from a workspace (ddops init DIR writes one)")
+    require("prefect", f"ddops {command}")
     require_recipes()
-    if importlib.util.find_spec("prefect") is None:
-        raise CommandError(f"ddops {command} needs Prefect: pip install 'ddops[prefect]'")
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

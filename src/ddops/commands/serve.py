@@ -41,15 +41,12 @@ def register(commands: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT."""
-    from ddops.export.errors import MissingExtra
     from ddops.serving.settings import ServeSettings
 
     settings = _settings(ServeSettings, arguments.set)
     token = _token(arguments.token_file)
-    try:
-        from ddops.serving.server import serve
-    except ImportError as error:
-        raise MissingExtra("ddops serve", "serve", error) from None
+    from ddops.serving.server import serve
+
     serve(arguments.bundle, settings, host=arguments.host, port=arguments.port, token=token)
 
 

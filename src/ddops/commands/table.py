@@ -17,7 +17,6 @@ from ddops.config.load import load_config, validate
 from ddops.config.stages import Config
 from ddops.evaluation.papers import FIDS, SPEEDUPS, all_rows, ordering, paper_figure
 from ddops.evaluation.provenance import provenance
-from ddops.evaluation.report import title
 from ddops.files import write_json, write_text
 from ddops.stages import paths
 from ddops.stages.common import drawing_of
@@ -104,6 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def markdown(result: Mapping[str, Any], names: Sequence[str]) -> str:
     """The table, the papers' figures beside it where there are any, and where their order does not hold."""
+    from ddops.evaluation.report import title
+
     rows, protocol = {name: result["rows"][name] for name in names}, result["protocol"]
     figures = [name for name in COLUMNS if any(name in row for row in rows.values())]
     head = ["row", "passes", "parameters", *figures, "ms an image", "speed-up", "paper's FID", "paper's speed-up"]

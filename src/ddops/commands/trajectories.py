@@ -79,8 +79,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """Complete the data set and keep the throughput as a metric."""
     from ddops.files import write_json
     from ddops.trajectories import mappers
+    from ddops.trajectories.errors import DatasetError
     from ddops.trajectories.generate import generate, generate_some
-    from ddops.trajectories.shards import DatasetError
 
     if arguments.shards is not None and (arguments.dask or arguments.workers > 1):
         raise CommandError("--shards is one machine's part, made in this process: leave out --workers and --dask")
@@ -105,8 +105,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 def run_missing(arguments: argparse.Namespace) -> None:
     """Print what ``generate --shards`` may be given."""
+    from ddops.trajectories.errors import DatasetError
     from ddops.trajectories.generate import missing_shards
-    from ddops.trajectories.shards import DatasetError
 
     _, job = _job(arguments, 1)
     try:
@@ -118,7 +118,8 @@ def run_missing(arguments: argparse.Namespace) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> None:
     """Print every problem, or that there is none."""
-    from ddops.trajectories.shards import DatasetError, read_manifest
+    from ddops.trajectories.errors import DatasetError
+    from ddops.trajectories.shards import read_manifest
     from ddops.trajectories.verify import problems
 
     workspace, directory = _place(arguments)
@@ -138,7 +139,8 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     import torch
 
     from ddops.trajectories.dataset import TrajectoryDataset
-    from ddops.trajectories.shards import DatasetError, read_manifest
+    from ddops.trajectories.errors import DatasetError
+    from ddops.trajectories.shards import read_manifest
 
     workspace, directory = _place(arguments)
     model = workspace.config.teacher.model

@@ -104,7 +104,8 @@ class EvaluateCommon:
     """Every row is sampled and judged once a seed; the table shows mean and spread."""
     batch_size: PositiveInt
     processes: PositiveInt
-    """Processes that share the drawing on a CPU, a thread each; 1 leaves the threads to torch. On a GPU it is one."""
+    """Processes that share the drawing on a CPU, a thread each, and files that are judged at a time there; 1 leaves the
+    threads to torch. On a GPU it is one."""
     kid: KIDConfig
     neighbours: PositiveInt
     """k of improved precision and recall (arXiv 1904.06991)."""

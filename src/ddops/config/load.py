@@ -1,4 +1,7 @@
-"""Reading and composing configurations, with errors that name the file, the key and the way out."""
+"""Reading and composing configurations, with errors that name the file, the key and the way out.
+
+Hydra and OmegaConf are loaded where they are used: most that imports this only catches its error.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -39,6 +36,9 @@ def load_config(path: Path | str = "params.yaml") -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, or a key is unknown, missing, of a wrong type or impossible.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     path = Path(path)
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
@@ -80,7 +80,7 @@ def compose(params_dir: Path | str, overrides: Sequence[str] = ()) -> dict[str, 
     source = " ".join([str(params_dir), *overrides])
     try:
         values = _hydra_values(directory, overrides)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         _explain_unknown_keys(directory, overrides, source)
         raise ConfigError(f"{source}: {error}") from error
     validate(values, source)
@@ -113,10 +113,21 @@ def write_params(values: Mapping[str, Any], path: Path) -> None:
 
 
 def _hydra_values(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Raises ValueError with Hydra's words."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(directory), version_base=None):
-        composed = hydra_compose("config", overrides=list(overrides))
-    return typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+    try:
+        with initialize_config_dir(str(directory), version_base=None):
+            composed = compose("config", overrides=list(overrides))
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from error
+    return typing.cast("dict[str, Any]", values)
 
 
 def _explain_unknown_keys(directory: Path, overrides: Sequence[str], source: str) -> None:
@@ -128,7 +139,7 @@ def _explain_unknown_keys(directory: Path, overrides: Sequence[str], source: str
     ]
     try:
         values = _hydra_values(directory, forced)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError):
+    except ValueError:
         return
     validate(values, source)
     raise ConfigError(f"{source}: sets keys that these options do not have; put ++ before the override to add them")

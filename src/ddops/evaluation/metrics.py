@@ -13,14 +13,6 @@ from ddops.config.evaluation import EvaluateConfig
 from ddops.evaluation.errors import MetricError
 from ddops.evaluation.judge import Judge
 from ddops.evaluation.moments import Moments, Statistics
-from ddops.torchvision_compat import define_missing_operators
-
-define_missing_operators()
-
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # noqa: E402
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # noqa: E402
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric  # noqa: E402
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric  # noqa: E402
 
 INCEPTION_SPLITS = 10
 DISTANCE_ROWS = 2500
@@ -87,15 +79,19 @@ def frechet_distance(samples: Statistics, reference: Statistics, *, judged: bool
     if judged:
         samples.require_regular("samples")
     reference.require_regular("reference")
+    from ddops.evaluation import fidelity
+
     pair = [{"mu": one.mean_F, "sigma": one.covariance_FF} for one in (samples, reference)]
-    return float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
+    return float(fidelity.fid_statistics_to_metric(*pair, verbose=False)[fidelity.KEY_METRIC_FID])
 
 
 def inception_score(logits_NK: Tensor) -> float:
     """exp of the mean divergence of a sample's classes from all samples' (arXiv 1606.03498), mean of ten splits."""
     if len(logits_NK) < INCEPTION_SPLITS:
         raise MetricError(f"the Inception score has {INCEPTION_SPLITS} splits, got {len(logits_NK)} samples")
-    return float(isc_features_to_metric(logits_NK, splits=INCEPTION_SPLITS)[KEY_METRIC_ISC_MEAN])
+    from ddops.evaluation import fidelity
+
+    return float(fidelity.isc_features_to_metric(logits_NK, splits=INCEPTION_SPLITS)[fidelity.KEY_METRIC_ISC_MEAN])
 
 
 def kernel_distance(samples_NF: Tensor, reference_NF: Tensor, subsets: int, subset_size: int) -> float:
@@ -105,10 +101,12 @@ def kernel_distance(samples_NF: Tensor, reference_NF: Tensor, subsets: int, subs
             f"KID draws subsets of {subset_size}, but there are {len(samples_NF)} samples and {len(reference_NF)} real "
             "images: lower evaluate.kid.subset_size"
         )
+    from ddops.evaluation import fidelity
+
     # float64: cubes of inner products cancel in float32.
     pair = (samples_NF.double(), reference_NF.double())
     options = {"kid_subsets": subsets, "kid_subset_size": subset_size, "rng_seed": 2020, "verbose": False}
-    return float(kid_features_to_metric(*pair, **options)[KEY_METRIC_KID_MEAN])
+    return float(fidelity.kid_features_to_metric(*pair, **options)[fidelity.KEY_METRIC_KID_MEAN])
 
 
 def precision_recall(samples_NF: Tensor, reference_NF: Tensor, neighbours: int) -> tuple[float, float]:
@@ -116,11 +114,13 @@ def precision_recall(samples_NF: Tensor, reference_NF: Tensor, neighbours: int) 
     balls, and the other way round."""
     if min(len(samples_NF), len(reference_NF)) <= neighbours:
         raise MetricError(f"precision and recall with {neighbours} neighbours need more images than that")
+    from ddops.evaluation import fidelity
+
     # float64: in float32, cdist's differences of squares lose what near neighbours differ by.
     pair = (samples_NF.double(), reference_NF.double())
     options = {"prc_neighborhood": neighbours, "prc_batch_size": DISTANCE_ROWS, "save_cpu_ram": True, "verbose": False}
-    found = prc_features_to_metric(*pair, **options)
-    return float(found[KEY_METRIC_PRECISION]), float(found[KEY_METRIC_RECALL])
+    found = fidelity.prc_features_to_metric(*pair, **options)
+    return float(found[fidelity.KEY_METRIC_PRECISION]), float(found[fidelity.KEY_METRIC_RECALL])
 
 
 def measure(

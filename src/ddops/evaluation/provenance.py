@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +11,12 @@ from typing import Any, Final
 
 import yaml
 
+from ddops import git
+
 PACKAGES: Final = ("ddops", "torch", "torch-fidelity", "onnx", "onnxruntime", "numpy", "scikit-learn", "dvc")
 LOCK: Final = Path("dvc.lock")
+SOURCES: Final = ("src", "params", "params.yaml", "recipes.yaml", "dvc.yaml")
+"""What figures follow from, in Git."""
 
 
 def provenance(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -27,17 +30,13 @@ def provenance(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
+    """The commit that is checked out, and whether files differ from it; or why Git does not say."""
     try:
-        head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--", "src", "params", "params.yaml", "recipes.yaml", "dvc.yaml")
-    except (OSError, subprocess.CalledProcessError):
-        return "not in a Git repository"
-    return f"{head}, with changes since" if changed else head
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        commit = git.head(Path())
+        changed = git.ask(Path(), "status", "--porcelain", "--", *SOURCES).strip()
+    except git.GitError as error:
+        return str(error)
+    return f"{commit}, with changes since" if changed else commit
 
 
 def _data_hashes(lock: Path) -> dict[str, str]:

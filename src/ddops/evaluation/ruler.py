@@ -25,7 +25,6 @@ from ddops.config.evaluation import (
 from ddops.data import digits
 from ddops.evaluation.gate import recipes_of_figures
 from ddops.evaluation.images import to_uint8
-from ddops.evaluation.inception import load_inception
 from ddops.evaluation.judge import DigitsJudge, Judge, load_classifier
 from ddops.evaluation.metrics import Reference, look, measure
 from ddops.evaluation.moments import read_statistics
@@ -116,6 +115,8 @@ def open_ruler(config: EvaluateConfig, judge_file: Path, statistics: Path | None
         return Ruler(config, judge, _digits_reference(judge, config.batch_size))
     if statistics is None:
         raise ValueError(f"the protocol {config.protocol} needs a file of statistics")
+    from ddops.evaluation.inception import load_inception  # loads torchvision
+
     judge = load_inception(judge_file, config.resize, sha256_file(judge_file))
     images = _images_in(statistics)
     features_NF = None if images is None else look(judge, images.batches(config.batch_size)).features_NF

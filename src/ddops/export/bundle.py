@@ -16,7 +16,7 @@ from ddops.config.dd2 import DD2Config, NotTrainedConfig
 from ddops.config.stages import DD1Config, ExportConfig
 from ddops.export.copying import place_file
 from ddops.export.errors import ExportError
-from ddops.export.graph import CaptionGraph, OneStepGraph
+from ddops.export.graph import load_graph
 from ddops.export.manifest import (
     CAPTION_FACTS,
     ENCODER,
@@ -37,8 +37,7 @@ from ddops.export.parity import Parity, ParityBounds, measure_parity, onnx_drawe
 from ddops.files import sha256_file
 from ddops.models.conditions import Condition, take
 from ddops.models.interface import Student
-from ddops.models.weights import TOKENIZER, load_metadata, load_tokenizer
-from ddops.models.weights_dd2 import load_generator
+from ddops.models.weights import TOKENIZER, load_metadata
 from ddops.sampling.noise import NOISE_VERSION, Stream, normals
 
 
@@ -156,11 +155,3 @@ def logit_prefix(dd1: DD1Config, dd2: DD2Config, export: ExportConfig, levels: i
     if export.student == "dd1" or isinstance(dd2, NotTrainedConfig):
         return dd1.logit_prefix
     return dd2.logit_prefix(levels)
-
-
-def load_graph(student: Path, tokenizer: Path, start_positions: tuple[int, ...], logit_prefix: int) -> OneStepGraph:
-    """The model in PyTorch, in evaluation mode and without gradients; raises CheckpointError."""
-    model = load_generator(tokenizer, student)
-    kind = OneStepGraph if model.num_conditions else CaptionGraph  # before a prompt set is attached
-    graph = kind(model, load_tokenizer(tokenizer), start_positions, logit_prefix)
-    return graph.eval().requires_grad_(False)

@@ -3,11 +3,15 @@ pass."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from ddops.models.conditions import Captions, Condition
 from ddops.models.interface import Student, Tokenizer
 from ddops.models.lean import make_lean
+from ddops.models.weights import load_tokenizer
+from ddops.models.weights_dd2 import load_generator
 from ddops.sampling.few_step import sample_sequence
 
 
@@ -62,3 +66,11 @@ class CaptionGraph(OneStepGraph):
     def condition(self, caption_features_BTW: Tensor, caption_mask_BT: Tensor) -> Condition:  # type: ignore[override]
         """See :meth:`OneStepGraph.condition`."""
         return Captions(caption_features_BTW, caption_mask_BT)
+
+
+def load_graph(student: Path, tokenizer: Path, start_positions: tuple[int, ...], logit_prefix: int) -> OneStepGraph:
+    """The model in PyTorch, in evaluation mode and without gradients; raises CheckpointError."""
+    model = load_generator(tokenizer, student)
+    kind = OneStepGraph if model.num_conditions else CaptionGraph  # before a prompt set is attached
+    graph = kind(model, load_tokenizer(tokenizer), start_positions, logit_prefix)
+    return graph.eval().requires_grad_(False)

@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,9 +17,11 @@ from ddops.config.stages import GraphPrecision
 from ddops.export.errors import ExportError
 from ddops.export.graph import OneStepGraph
 from ddops.export.manifest import OUTPUT_NAME
-from ddops.export.onnx import ExportTrace
 from ddops.export.session import open_session, run_outputs
 from ddops.models.conditions import Condition, flat, take
+
+if TYPE_CHECKING:
+    from ddops.export.onnx import ExportTrace
 
 SMALLEST_ERROR = 1e-20
 """Mean squared error that stands for none, so that the PSNR of equal images is a number (206 dB)."""
@@ -62,6 +63,8 @@ def draw_with_torch(graph: OneStepGraph, noise_BLC: Tensor, labels_B: Condition)
 
 def onnx_drawer(path: Path, precision: GraphPrecision = "float32") -> Drawer:
     """A function that draws with ONNX Runtime on the CPU."""
+    import onnx
+
     model = onnx.load(path, load_external_data=False)
     argmaxes = [node.output[0] for node in model.graph.node if node.op_type == "ArgMax"]
     session = open_session(path, extra_outputs=dict.fromkeys(argmaxes, onnx.TensorProto.INT64), precision=precision)
@@ -146,6 +149,8 @@ def first_divergence(
 ) -> str | None:
     """A sentence on the first value, in the order of the graph, that differs by more than ``tolerance`` of its own
     largest magnitude (or of 1, where that is smaller); None where there is none."""
+    import onnx
+
     expected = _torch_values(trace.program, noise_BLC, labels_B)
     model = onnx.load(path, load_external_data=False)
     made = [name for node in model.graph.node for name in node.output]

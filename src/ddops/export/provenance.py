@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ddops import __version__
+from ddops import __version__, git
 from ddops.config.stages import ExportConfig
 from ddops.files import sha256_file
 
 
 def provenance(preset: str, export: ExportConfig, student: Path, lock: Path = Path("dvc.lock")) -> dict[str, str]:
-    """Preset, code and weights. A commit or DVC hash that is not known is left out."""
+    """Preset, code and weights. A DVC hash that is not known is left out."""
     facts = {
         "ddops.version": __version__,
         "ddops.preset": preset,
@@ -24,10 +23,10 @@ def provenance(preset: str, export: ExportConfig, student: Path, lock: Path = Pa
         "ddops.precision": export.precision,
         "ddops.license": export.license,
         "ddops.student_sha256": sha256_file(student),
-        "ddops.git_commit": git_commit(student.parent),
-        "ddops.dvc_md5": dvc_md5(student.parent, lock),
+        **git_fact(student.parent),
     }
-    return {key: value for key, value in facts.items() if value is not None}
+    md5 = dvc_md5(student.parent, lock)
+    return facts if md5 is None else {**facts, "ddops.dvc_md5": md5}
 
 
 def judged(metrics: Path, export: ExportConfig, student_sha256: str) -> dict[str, str]:
@@ -40,15 +39,12 @@ def judged(metrics: Path, export: ExportConfig, student_sha256: str) -> dict[str
     return {"ddops.protocol": figures["protocol"]["name"], "ddops.fid": f"{figures[export.row]['fid']:.4f}"}
 
 
-def git_commit(directory: Path) -> str | None:
-    """The commit that is checked out around ``directory``; None outside a repository."""
+def git_fact(directory: Path) -> dict[str, str]:
+    """The commit that is checked out around ``directory``; or, under another name, why Git names none."""
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=directory, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
+        return {"ddops.git_commit": git.head(directory)}
+    except git.NoCommitError as error:
+        return {"ddops.git_commit_missing": str(error)}
 
 
 def dvc_md5(out: Path, lock: Path) -> str | None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
 from ddops.config.stages import GraphPrecision
-from ddops.export.errors import BundleError, MissingExtra
+from ddops.export.errors import BundleError
 from ddops.export.manifest import EXTERNAL_SUFFIX, OUTPUT_NAME
-from ddops.export.precision import widen_products
+from ddops.extras import MissingExtra, explained
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -31,21 +30,20 @@ def open_session(
 
     ``threads`` 0 leaves their number to the runtime. ``extra_outputs`` (name -> ONNX element type) are inner values
     to be returned as well; the file is not changed. On a CPU a graph of ``precision`` bfloat16 computes in float32
-    between its roundings. Raises :class:`BundleError` for a device that is unknown, absent, or does not start.
+    between its roundings. Only a graph that is changed so needs the package onnx.
+
+    Raises:
+        BundleError: a device that is unknown, or does not start. MissingExtra: one whose package is not installed, or
+            onnx is not.
     """
     provider = _provider(device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     source: str | bytes = str(path)
     if extra_outputs or (precision == "bfloat16" and device == "cpu"):
-        model = onnx.load(path, load_external_data=False)
-        if device == "cpu":
-            widen_products(model)
-        for name, kind in extra_outputs.items():
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-        folder = _place_weights(model, path)
+        source = _changed(path, extra_outputs, widened=device == "cpu")
+        folder = _weights(path).parent
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        source = model.SerializeToString()
     session = onnxruntime.InferenceSession(source, options, providers=[provider])
     if provider not in session.get_providers():  # a library of it did not load: the runtime warns and takes the CPU
         raise BundleError(
@@ -55,15 +53,30 @@ def open_session(
     return session
 
 
-def _place_weights(model: onnx.ModelProto, path: Path) -> Path:
-    """Name the external weights by the file itself; its folder. In the Hugging Face cache ``path`` and the weights are
-    links to files elsewhere, and the runtime opens no weights by a link out of the folder it was given."""
-    weights = path.with_name(path.name + EXTERNAL_SUFFIX).resolve()
+def _changed(path: Path, extra_outputs: Mapping[str, int], *, widened: bool) -> bytes:
+    """The graph with more outputs, its products in float32 where they are ``widened``."""
+    try:
+        import onnx
+
+        from ddops.export.precision import widen_products
+    except ImportError as error:
+        raise explained(error, f"{path}: a graph in bfloat16 on a CPU") from None
+    model = onnx.load(path, load_external_data=False)
+    if widened:
+        widen_products(model)
+    for name, kind in extra_outputs.items():
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
-                entry.value = weights.name
-    return weights.parent
+                entry.value = _weights(path).name
+    return bytes(model.SerializeToString())
+
+
+def _weights(path: Path) -> Path:
+    """The file of the external weights. In the Hugging Face cache ``path`` and the weights are links to files
+    elsewhere, and the runtime opens no weights by a link out of the folder it was given."""
+    return path.with_name(path.name + EXTERNAL_SUFFIX).resolve()
 
 
 def _provider(device: str) -> str:

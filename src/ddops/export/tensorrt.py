@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ddops.config.stages import ProfileConfig
-from ddops.export.errors import BundleError, ExportError, MissingExtra
+from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import EngineFacts, Manifest, ModelFacts
+from ddops.extras import EXTRA_OF, MissingExtra
 from ddops.files import atomic_path, sha256_file
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
-EXTRAS: Final[dict[Flavour, str]] = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+FLAVOURS: Final[tuple[Flavour, ...]] = ("tensorrt", "tensorrt_rtx")
 PORTABLE: Final = "portable"
 OLDEST_PORTABLE: Final = 80
 """Compute capability from which TensorRT-RTX's default build runs; an older one it builds for by name."""
@@ -62,16 +63,16 @@ def import_flavour(flavour: Flavour) -> Any:
     try:
         return importlib.import_module(flavour)
     except ImportError as error:
-        raise MissingExtra(f"engine.flavour {flavour}", EXTRAS[flavour], error) from None
+        raise MissingExtra(f"engine.flavour {flavour}", EXTRA_OF[flavour], error) from None
 
 
 def installed_flavour(wanted: Sequence[Flavour]) -> Flavour:
     """The first of the flavours ``wanted`` (all, where none is) that is installed; raises :class:`MissingExtra`."""
-    candidates = list(dict.fromkeys(wanted)) or list(EXTRAS)
+    candidates = list(dict.fromkeys(wanted)) or list(FLAVOURS)
     for flavour in candidates:
         if importlib.util.find_spec(flavour) is not None:
             return flavour
-    extra = EXTRAS[candidates[0]]
+    extra = EXTRA_OF[candidates[0]]
     raise MissingExtra("backend tensorrt", extra, ImportError(f"no module {' or '.join(candidates)}"))
 
 

@@ -7,12 +7,9 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Final
 
-import onnx
-
 from ddops.config.stages import ProfileConfig
 from ddops.export.copying import place_file
 from ddops.export.manifest import MODEL, EngineFacts, Input, Manifest, ModelFacts, model_digests
-from ddops.export.precision import widen_products
 from ddops.files import atomic_path, sha256_file, write_json, write_text
 
 REPOSITORY: Final = "triton"
@@ -81,6 +78,10 @@ def python_config(model: ModelFacts, profile: ProfileConfig) -> str:
 
 def _write_for_cpu(source: Path, target: Path) -> None:
     """The graph as a CPU can run it: the Python variant asks for no GPU. Weights beside it stay where they are."""
+    import onnx
+
+    from ddops.export.precision import widen_products
+
     model = onnx.load(source, load_external_data=False)
     widen_products(model)
     with atomic_path(target) as temporary:

@@ -24,16 +24,21 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from ddops import git
 from ddops.evaluation.gate import comparable
-from ddops.flows.dvc import DvcError, metrics_beside
 from ddops.flows.progress import Progress
 from ddops.stages import paths
 
+Values = dict[str, Any]
+Compared = dict[str, dict[str, Values]]
+"""Of every file and dotted name: ``new``, this workspace's value, and ``old``, the one in production."""
 UPDATE_SECONDS = 2.0
 MAX_IMAGE_BYTES = 1 << 20
 """Pictures are kept in Prefect's database; a larger one is left to the report."""
 REPORTS_URL = "DDOPS_REPORTS_URL"
 """Where the directory ``reports`` is served, if it is; else links name the file."""
+FIGURES = (paths.METRICS, paths.FEATURES_METRICS, paths.TRAJECTORIES_THROUGHPUT)
+"""What there is to show once the stage ``evaluate`` has run; later stages' figures are still of an earlier run."""
 HEADINGS = {
     "accepted": "# Accepted",
     "refused": "# Refused: nothing was exported, production is untouched",
@@ -107,7 +112,7 @@ def metrics_table(workspace: Path, production: str | None) -> None:
     """
     registry = read_registry(workspace)
     if production is None and (version := registry["current"]) is not None:
-        files = _beside(workspace, registry["versions"][version]["metrics"])
+        files = _beside(workspace, {str(paths.METRICS): registry["versions"][version]["metrics"]})
         said = f"This run beside production ({version})."
     else:
         files, said = _beside_revision(workspace, production or "HEAD")
@@ -136,21 +141,26 @@ def read_registry(workspace: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else registry
 
 
-def _beside_revision(workspace: Path, revision: str) -> tuple[dict[str, dict[str, dict[str, Any]]], str]:
+def _beside_revision(workspace: Path, revision: str) -> tuple[Compared, str]:
     try:
-        return metrics_beside(workspace, revision), f"This run beside production (Git revision `{revision}`)."
-    except DvcError as error:
+        files = {path: git.file_at(workspace, revision, path) for path in FIGURES}
+    except git.GitError as error:
         return _beside(workspace, {}), f"This run. No figures of production: {error}."
+    old = {str(path): json.loads(text) for path, text in files.items() if text is not None}
+    return _beside(workspace, old), f"This run beside production (Git revision `{revision}`)."
 
 
-def _beside(workspace: Path, old: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    known = dict(_flat(old))
-    metrics = dict(_flat(json.loads((workspace / paths.METRICS).read_text())))
-    names = dict.fromkeys([*metrics, *known])
-    return {str(paths.METRICS): {name: {"new": metrics.get(name), "old": known.get(name)} for name in names}}
+def _beside(workspace: Path, old: dict[str, Values]) -> Compared:
+    compared: Compared = {}
+    for path in FIGURES:
+        new = json.loads((workspace / path).read_text()) if (workspace / path).exists() else {}
+        here, there = dict(_flat(new)), dict(_flat(old.get(str(path), {})))
+        names = dict.fromkeys([*here, *there])
+        compared[str(path)] = {name: {"new": here.get(name), "old": there.get(name)} for name in names}
+    return compared
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(values: Values, prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, value in values.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]

@@ -210,17 +210,6 @@ def ask(arguments: Sequence[str], workspace: Path) -> str:
     return result.stdout
 
 
-def metrics_beside(workspace: Path, revision: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Per metrics file and dotted metric: ``new``, this workspace's value, and ``old``, the one at a Git revision.
-
-    Raises:
-        DvcError: there is no such revision.
-    """
-    diff: dict[str, dict[str, dict[str, Any]]]
-    diff = json.loads(ask(["metrics", "diff", "--json", "--all", revision], workspace))
-    return diff
-
-
 def environment() -> dict[str, str]:
     """For DVC and the stages: this interpreter first on the path, and nothing of Prefect's (keys, run ids). Nor the
     cluster: what is to be made there is mapped by the flow (``ddops.flows.shards``)."""

@@ -19,6 +19,7 @@ from ddops.export.manifest import (
     model_digests,
     verify_files,
 )
+from ddops.extras import explained
 from ddops.sampling.noise import NOISE_VERSION, Stream, normals_array
 
 Floats = NDArray[np.float32]
@@ -47,7 +48,7 @@ class TorchBackend(Backend):
     ) -> None:
         import torch
 
-        from ddops.export.bundle import load_graph
+        from ddops.export.graph import load_graph
 
         verify_files(directory, {name: manifest.files[name] for name in (STUDENT_FILE, TOKENIZER_FILE)})
         starts = manifest.model.start_positions[:steps]
@@ -113,12 +114,14 @@ class TensorRTBackend(Backend):
     """The bundle's engine that fits this GPU, of whichever flavour is installed."""
 
     def __init__(self, directory: Path, manifest: Manifest, device: str) -> None:
-        from ddops.export.engine_session import EngineSession
         from ddops.export.tensorrt import installed_flavour
 
         if device not in ("cuda", "cuda:0"):
             raise BundleError(f"backend tensorrt runs on cuda, not on {device!r}")
-        self._session = EngineSession(directory, manifest, installed_flavour([e.flavour for e in manifest.engines]))
+        flavour = installed_flavour([engine.flavour for engine in manifest.engines])
+        from ddops.export.engine_session import EngineSession  # loads PyTorch, which comes with the flavour's extra
+
+        self._session = EngineSession(directory, manifest, flavour)
         self.max_batch = self._session.facts.profile.max
 
     def draw(self, noise_BLC: Floats, *condition: NDArray[Any]) -> Floats:
@@ -168,17 +171,20 @@ def load_backend(
     if model.noise != NOISE_VERSION:
         raise BundleError(f"the bundle's images are of noise {model.noise!r}, this ddops makes {NOISE_VERSION!r}")
     device, steps = device or DEFAULT_DEVICE[name], model.steps if steps is None else steps
-    if name == "torch":
-        if not 1 <= steps <= len(model.start_positions):
-            raise BundleError(f"{steps} steps: this student takes 1 to {len(model.start_positions)}")
-        return TorchBackend(directory, manifest, device, steps, precision)
-    if precision != "float32":
+    if name == "torch" and not 1 <= steps <= len(model.start_positions):
+        raise BundleError(f"{steps} steps: this student takes 1 to {len(model.start_positions)}")
+    if name != "torch" and precision != "float32":
         raise BundleError(f"precision {precision} is for backend torch; that of {name} was decided at the export")
-    if steps != model.steps:
+    if name != "torch" and steps != model.steps:
         raise BundleError(
             f"{steps} steps: the exported graph takes {model.steps}; use backend torch, or export with "
             f"export.steps={steps}"
         )
-    if name == "onnx":
-        return OnnxBackend(directory, manifest, device, threads)
-    return TensorRTBackend(directory, manifest, device)
+    try:
+        if name == "torch":
+            return TorchBackend(directory, manifest, device, steps, precision)
+        if name == "onnx":
+            return OnnxBackend(directory, manifest, device, threads)
+        return TensorRTBackend(directory, manifest, device)
+    except ModuleNotFoundError as error:
+        raise explained(error, f"backend {name}") from None

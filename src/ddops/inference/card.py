@@ -29,7 +29,7 @@ tags: [image-generation, distilled-decoding]
 An image autoregressive model distilled into a few-step generator with ddops: {what},
 {size} pixels. {fid}
 
-    from ddops.inference import OneStepPipeline
+    from ddops import OneStepPipeline
     pipe = OneStepPipeline.from_pretrained("this repository or directory")
     pipe({call}, seed=0).images[0]
 

@@ -1,6 +1,6 @@
 """``OneStepPipeline``: class labels or prompts, and a seed, in; pictures out.
 
-from ddops.inference import OneStepPipeline
+from ddops import OneStepPipeline
 
 pipe = OneStepPipeline.from_pretrained("artifacts/bundle")
 pipe(class_labels=[3, 7], seed=0).images[0].save("three.png")
@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +23,7 @@ from ddops.class_names import class_number
 from ddops.export.copying import copy_bundle
 from ddops.export.errors import BundleError
 from ddops.export.manifest import MANIFEST, Manifest, read_manifest
+from ddops.extras import MissingExtra
 from ddops.files import write_text
 from ddops.inference.backends import Backend, load_backend
 from ddops.inference.card import model_card
@@ -80,7 +82,8 @@ class OneStepPipeline:
         files, for a model that draws for captions.
 
         Raises:
-            BundleError: neither of the two, or the bundle cannot be used here; says why.
+            BundleError: neither of the two, or the bundle cannot be used here; says why. MissingExtra: the backend's
+                packages, or those that speak to the hub, are not installed.
         """
         directory = Path(path_or_id)
         if not directory.exists():
@@ -149,12 +152,13 @@ class OneStepPipeline:
         return [prompt] if isinstance(prompt, str) else prompt
 
     def to(self, device: str) -> OneStepPipeline:
-        """This pipeline on another device, e.g. ``cuda``. Raises BundleError, and stays where it was, if it cannot."""
+        """This pipeline on another device, e.g. ``cuda``. Raises BundleError or MissingExtra, and stays where it was,
+        if it cannot."""
         before, loaded = self.device, self._loaded
         self.device, self._loaded = device, {}
         try:
             self._load(self.manifest.model.steps)
-        except BundleError:
+        except (BundleError, MissingExtra):
             self.device, self._loaded = before, loaded
             raise
         return self
@@ -166,12 +170,11 @@ class OneStepPipeline:
         write_text(target / "README.md", model_card(self.manifest))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, message: str = "Upload a ddops bundle") -> str:
-        """Upload the bundle with its model card to the Hugging Face hub; returns the commit's address."""
+        """Upload the bundle with its model card to the Hugging Face hub; returns the commit's address. Raises
+        MissingExtra."""
         import tempfile
 
-        from huggingface_hub import HfApi
-
-        api = HfApi()
+        api = _hub("push_to_hub").HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
@@ -191,11 +194,19 @@ class OneStepPipeline:
         return self._loaded[steps]
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
+def _hub(what: str) -> Any:
+    """The hub's client, which ``what`` needs."""
     try:
-        directory = Path(snapshot_download(repo, revision=revision))
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise MissingExtra(what, "hub", error) from None
+    return huggingface_hub
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    hub = _hub(f"{repo}: fetching a bundle from the hub")
+    try:
+        directory = Path(hub.snapshot_download(repo, revision=revision))
     except Exception as error:  # the hub's client raises errors of many kinds
         raise BundleError(f"{repo}: not found on disk, and not fetched from the hub: {error}") from error
     if not (directory / MANIFEST).is_file():

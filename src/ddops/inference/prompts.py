@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ddops.captions.errors import CaptionError
 from ddops.export.errors import BundleError
 from ddops.export.manifest import ENCODER, CaptionFacts, verify_files
+from ddops.extras import MissingExtra
 
 REMEMBERED: Final = 256
 """Prompts whose features are kept: the images of one prompt are many draws."""
@@ -29,10 +30,13 @@ class PromptEncoder:
         ``directory``.
 
         Raises:
-            BundleError: its files are not there, or not those that the bundle was made with; or transformers is not
-                installed.
+            BundleError: its files are not there, or not those that the bundle was made with. MissingExtra: what runs it
+                is not installed.
         """
-        from ddops.captions.pretrained import TextEncoder
+        try:
+            from ddops.captions.pretrained import TextEncoder
+        except ModuleNotFoundError as error:  # PyTorch, which comes with that extra
+            raise MissingExtra("a model that draws for captions", "t2i", error) from None
 
         directory = directory or _find(bundle, facts)
         verify_files(directory, facts.encoder.files)

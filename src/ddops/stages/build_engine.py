@@ -8,6 +8,7 @@ from ddops.config.stages import EngineConfig
 from ddops.export.engines import build_engines
 from ddops.export.errors import BundleError, ExportError
 from ddops.export.progress import phase_bar
+from ddops.extras import MissingExtra
 from ddops.files import write_json
 from ddops.stages import paths
 from ddops.stages.common import StageError, require, run_stage
@@ -24,7 +25,7 @@ def build(engine: EngineConfig) -> None:
     try:
         with phase_bar("build_engine") as report:
             reports = build_engines(paths.ONNX_BUNDLE, paths.BUNDLE, engine, timing_cache, report)
-    except (BundleError, ExportError) as error:
+    except (BundleError, ExportError, MissingExtra) as error:
         raise StageError(str(error)) from error
     write_json(paths.ENGINE_METRICS, {"flavour": engine.flavour, "engines": [asdict(report) for report in reports]})
 

@@ -20,12 +20,13 @@ from ddops.config.load import ConfigError, load_config
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import Config, DD1Config, TrajectoriesConfig
 from ddops.evaluation.errors import MetricError
+from ddops.extras import MissingExtra
 from ddops.files import sha256_json, write_json
 from ddops.models.errors import CheckpointError, MayPassError
 from ddops.production import RegistryError
 from ddops.stages import launch, paths
 from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
-from ddops.trajectories.shards import DatasetError
+from ddops.trajectories.errors import DatasetError
 from ddops.workspace.code import record
 from ddops.workspace.recipes import RecipeError, require_recipe
 
@@ -50,7 +51,7 @@ OWN_CODE = Path("src/ddops/__init__.py")
 
 EXPECTED_ERRORS = (
     *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError),
-    *(RecipeError, StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, OSError),
+    *(RecipeError, StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, MissingExtra, OSError),
 )
 
 

@@ -8,19 +8,20 @@ from typing import Any
 from ddops.config.stages import ExportConfig
 from ddops.evaluation.provenance import provenance
 from ddops.evaluation.report import FACTS, chart, embed_png, grids, read_curve, render, table, title
-from ddops.files import write_text
+from ddops.evaluation.summary import summary
+from ddops.files import write_json, write_text
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
 
 
 def report(preset: str, seed: int, export: ExportConfig) -> None:
-    """Write ``reports/index.html`` and ``reports/model_card.md``, of a refused model too."""
+    """Write ``reports/index.html``, ``reports/model_card.md`` and ``reports/summary.json``, of a refused model too."""
     metrics = json.loads(require(paths.METRICS, "evaluate").read_text())
     decision = json.loads(require(paths.GATE_DECISION, "gate").read_text())
     values = {
         "preset": preset,
         "seed": seed,
-        "summary": _summary(metrics, export),
+        "summary": _sentence(metrics, export),
         "exported": title(export.row),
         "table": table(metrics),
         "protocol": metrics["protocol"],
@@ -37,9 +38,10 @@ def report(preset: str, seed: int, export: ExportConfig) -> None:
     }
     write_text(paths.REPORT, render("report.html", **values, **pictures, charts=_charts()))
     write_text(paths.MODEL_CARD, render("model_card.md", **values))
+    write_json(paths.SUMMARY, summary(metrics, export.row))
 
 
-def _summary(metrics: dict[str, Any], export: ExportConfig) -> str:
+def _sentence(metrics: dict[str, Any], export: ExportConfig) -> str:
     """What is exported, beside the teacher, and DD1's student where that is another one."""
     student, teacher = metrics[export.row], metrics.get("teacher")
     if teacher is None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddops.captions.store import PROMPTS, read_manifest
 from ddops.config.evaluation import EvaluateConfig, ImageNetEvaluateConfig, LocalFile, T2IEvaluateConfig
-from ddops.evaluation.ruler import CLIP_WEIGHTS, Asked
 from ddops.files import sha256_file
 from ddops.hub.acquire import obtain_directory
 from ddops.hub.files import obtain_file
 from ddops.hub.records import DownloadError
+
+if TYPE_CHECKING:
+    from ddops.evaluation.ruler import Asked
 
 
 def statistics_file(evaluate: EvaluateConfig) -> Path | None:
@@ -34,6 +37,8 @@ def asked(evaluate: EvaluateConfig, captions: Path) -> Asked | None:
     """
     if not isinstance(evaluate, T2IEvaluateConfig):
         return None
+    from ddops.evaluation.ruler import Asked  # loads torch-fidelity, which drawing can do without
+
     manifest = read_manifest(captions)
     prompts = (captions / PROMPTS).read_text(encoding="utf-8").splitlines()
     clip = None if evaluate.clip is None else obtain_directory(evaluate.clip)[0]
@@ -47,6 +52,8 @@ def reference_facts(evaluate: EvaluateConfig, captions: Path) -> dict[str, str |
         return {}
     facts: dict[str, str | None] = {"reference_sha256": sha256_file(statistics)}
     if (prompts := asked(evaluate, captions)) is not None:
+        from ddops.evaluation.ruler import CLIP_WEIGHTS
+
         clip = prompts.clip
         facts["prompts_sha256"] = prompts.sha256
         facts["clip_sha256"] = None if clip is None else sha256_file(clip / CLIP_WEIGHTS)

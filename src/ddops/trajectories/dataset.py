@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddops.files import sha256_file
 from ddops.sampling.noise import NOISE_VERSION
+from ddops.trajectories.errors import DatasetError
 from ddops.trajectories.generate import trajectory_noise
-from ddops.trajectories.shards import DatasetError, read_manifest, read_shard
+from ddops.trajectories.shards import read_manifest, read_shard
 
 NOISE_CACHE_BYTES = 1 << 28
 """Noise is kept in memory when all of it fits into this; else it is computed batch by batch."""

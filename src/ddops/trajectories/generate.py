@@ -33,12 +33,11 @@ from ddops.models.reduced import sampled_in_bfloat16
 from ddops.models.weights import TRANSFORMER, load_metadata, load_teacher
 from ddops.sampling.noise import NOISE_VERSION, Stream, integers, normals
 from ddops.sampling.teacher import flow_picker, sample_teacher
+from ddops.trajectories.errors import DatasetError, SettingsDiffer
 from ddops.trajectories.mappers import Mapper, in_this_process
 from ddops.trajectories.memory import fitting_batch, free_bytes
 from ddops.trajectories.shards import (
     MANIFEST,
-    DatasetError,
-    SettingsDiffer,
     ShardPlan,
     plan_shards,
     read_manifest,

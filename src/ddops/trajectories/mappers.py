@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ddops.trajectories.shards import DatasetError, ShardPlan
+from ddops.extras import explained
+from ddops.trajectories.errors import DatasetError
+from ddops.trajectories.shards import ShardPlan
 
 Made = TypeVar("Made")
 Mapper = Callable[[Callable[[ShardPlan], Any], Sequence[ShardPlan]], Iterator[Any]]
@@ -103,12 +105,12 @@ def dask(address: str | None = None, workers: int = 2) -> Mapper:
     A shard whose worker dies is made by another. The workers of a cluster must see the same paths.
 
     Raises:
-        DatasetError: ``distributed`` is not installed (the extra ``dask``).
+        MissingExtra: ``distributed`` is not installed.
     """
     try:
         from distributed import Client, LocalCluster, as_completed
-    except ImportError:
-        raise DatasetError("Dask is not installed: pip install 'ddops[dask]'") from None
+    except ModuleNotFoundError as error:
+        raise explained(error, "a Dask cluster") from None
 
     def mapper(make: Callable[[ShardPlan], Made], plans: Sequence[ShardPlan]) -> Iterator[Made]:
         with ExitStack() as stack:

@@ -9,7 +9,7 @@ import torch
 
 from ddops.config.models import ModelConfig
 from ddops.config.stages import Precision
-from ddops.trajectories.shards import DatasetError
+from ddops.trajectories.errors import DatasetError
 
 FLOAT: Final = 4
 KEY_OR_VALUE: Final = {"float32": 4, "bfloat16": 2}

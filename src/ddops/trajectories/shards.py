@@ -20,20 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ddops.files import atomic_path, sha256_file, sha256_json, write_json
+from ddops.trajectories.errors import DatasetError, SettingsDiffer
 
 FORMAT_VERSION = 2
 HEADER = "ddops.trajectories"
 MANIFEST = "manifest.json"
 
 Labels = NDArray[np.uint16] | NDArray[np.uint32]
-
-
-class DatasetError(ValueError):
-    """A trajectory data set that cannot be used. The message names the file and the way out."""
-
-
-class SettingsDiffer(DatasetError):
-    """Shards made with other settings are in the way: they are neither mixed with nor silently replaced."""
 
 
 @dataclass(frozen=True)

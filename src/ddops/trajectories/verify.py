@@ -9,8 +9,9 @@ import numpy as np
 
 from ddops.files import sha256_file
 from ddops.sampling.noise import NOISE_VERSION
+from ddops.trajectories.errors import DatasetError
 from ddops.trajectories.generate import STAGE, trajectory_labels
-from ddops.trajectories.shards import DatasetError, differences, read_manifest, read_shard
+from ddops.trajectories.shards import differences, read_manifest, read_shard
 from ddops.workspace.recipes import recipe
 
 

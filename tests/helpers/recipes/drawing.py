@@ -29,11 +29,12 @@ from ddops.stages.report import report
 from ddops.stages.sample import sample
 from ddops.stages.trajectories import trajectories
 from ddops.trajectories.dataset import TrajectoryDataset
+from helpers.few_digits import few_digits
 from helpers.recipes import digest
 from helpers.recipes.digest import Digest
 from helpers.recipes.inputs import (
+    IMAGES,
     config_of,
-    fewer_digits,
     numbers,
     write_all,
     write_captions,
@@ -93,7 +94,7 @@ def _trajectories(family: str, **changes: Any) -> Digest:
 def _sample(family: str, rows: str, **changes: Any) -> Digest:
     config = config_of(family, evaluate__rows=rows.split(), **changes)
     write_all(config)
-    with fewer_digits():
+    with few_digits(IMAGES):
         run(sample, config)
     files = sorted(paths.SAMPLES.rglob("*.npz"))
     drawn = {str(file.relative_to(paths.SAMPLES)): open_samples(file) for file in files}
@@ -109,7 +110,7 @@ def _sample(family: str, rows: str, **changes: Any) -> Digest:
 
 def _evaluate(family: str, **changes: Any) -> Digest:
     config = config_of(family, **{f"evaluate__{name}": value for name, value in changes.items()})
-    with fewer_digits():
+    with few_digits(IMAGES):
         write_classifier(config)
         for row in ("teacher", "dd1_1step"):
             for seed in config.evaluate.seeds:

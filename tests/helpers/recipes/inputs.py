@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,19 +76,6 @@ def telling(module: nn.Module, name: str) -> dict[str, Tensor]:
     gains = {key: 2 / max(1, value[0].numel()) ** 0.5 for key, value in module.named_parameters() if value.ndim > 1}
     parameters = {key: gain * numbers(f"{name}.{key}", *module.get_parameter(key).shape) for key, gain in gains.items()}
     return {**filled(module, name), **parameters}
-
-
-@contextmanager
-def fewer_digits() -> Iterator[None]:
-    """The embedded data set is its first images."""
-    whole = digits.load
-    found = whole()
-    few = replace(found, images_NIHW=found.images_NIHW[:IMAGES], labels_N=found.labels_N[:IMAGES])
-    digits.load = lambda: few
-    try:
-        yield
-    finally:
-        digits.load = whole
 
 
 def write_classifier(config: Config) -> None:

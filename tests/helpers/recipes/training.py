@@ -24,12 +24,13 @@ from ddops.stages.distill_dd1 import distill_dd1
 from ddops.stages.distill_dd2 import distill_dd2
 from ddops.stages.features import features
 from ddops.stages.teacher import teacher
+from helpers.few_digits import few_digits
 from helpers.published_world import MODELS, published_files
 from helpers.recipes import digest
 from helpers.recipes.digest import Digest
 from helpers.recipes.inputs import (
+    IMAGES,
     config_of,
-    fewer_digits,
     write_all,
     write_captions,
     write_classifier,
@@ -61,7 +62,7 @@ def _teacher(family: str, **changes: Any) -> Digest:
     config = config_of(family, **changes)
     if family == "t2i":
         write_captions(config)
-    with fewer_digits():
+    with few_digits(IMAGES):
         run(teacher, config)
     return {
         "weights": {name: digest.weights(file) for name, file in _teacher_files().items()},
@@ -90,7 +91,7 @@ def _dd1(family: str, **changes: Any) -> Digest:
     config = config_of(family, **{f"dd1__{name}": value for name, value in changes.items()})
     write_all(config)
     paths.DD1_STUDENT.unlink()
-    with fewer_digits():
+    with few_digits(IMAGES):
         run(distill_dd1, config)
     return _trained(paths.DD1_STUDENT, "dd1")
 
@@ -107,7 +108,7 @@ def _ar_diffusion(family: str, **changes: Any) -> Digest:
     write_classifier(config)
     write_teacher(config)
     write_trajectories(config)
-    with fewer_digits():
+    with few_digits(IMAGES):
         run(ar_diffusion, config)
     return _trained(paths.AR_DIFFUSION, "ar_diffusion")
 
@@ -117,7 +118,7 @@ def _dd2(family: str, head: str = "codes", **changes: Any) -> Digest:
     config = config_of(family, **heads, **{f"dd2__{name}": value for name, value in changes.items()})
     write_all(config)
     paths.DD2_GENERATOR.unlink()
-    with fewer_digits():
+    with few_digits(IMAGES):
         run(distill_dd2, config)
     pictures = sorted(file.name for file in (paths.CURVES / "dd2").glob("*.png"))
     return {**_trained(paths.DD2_GENERATOR, "dd2"), "pictures": pictures}

@@ -33,5 +33,5 @@ for python in "$chosen" python python3; do
         exec "$python" -m "ddops.stages.$1"
     fi
 done
-echo "stage.sh: no Python with ddops: neither the one that runs DVC (${chosen:-none found}) nor python has it" >&2
+echo "stage.sh: neither the Python that runs DVC (${chosen:-none found}) nor python has it: pip install 'ddops[train]'" >&2
 exit 1
