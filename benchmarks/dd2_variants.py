@@ -18,6 +18,7 @@ import contextlib
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -39,6 +40,8 @@ from ddops.models.weights import load_teacher
 from ddops.sampling.teacher import flow_picker, sample_teacher
 from ddops.stages import paths
 from ddops.stages.fid_curve import CURVE_SEED, FIDCurve
+from ddops.workspace.files import TEMPLATE
+from ddops.workspace.recipes import RECIPES
 
 PAPERS: Final = (
     *("ar_diffusion.head.predicts=embedding", "dd2.guidance.start=ar_diffusion"),
@@ -142,6 +145,7 @@ def run_variant(name: str, workspace: Path, place: Path, values: dict[str, Any])
             if not link.exists():
                 link.symlink_to((workspace / given).resolve(), target_is_directory=True)
     write_params(values, place / "params.yaml")
+    shutil.copy(TEMPLATE / RECIPES, place)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     if subprocess.run([sys.executable, "-m", f"ddops.stages.{stage}"], cwd=place, check=False).returncode:
         raise SystemExit(f"{name}: {stage} failed in {place}; run the same command again to go on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ import yaml
 
 from ddops.config.load import write_params
 from ddops.files import write_json
+from ddops.workspace.files import TEMPLATE
+from ddops.workspace.recipes import RECIPES
 
 
 def run_stages(
@@ -28,6 +31,7 @@ def run_stages(
     if params.exists() and yaml.safe_load(params.read_text()) != values:
         raise SystemExit(f"{params} is of other parameters: remove {workspace}, or name another directory")
     write_params(values, params)
+    shutil.copy(TEMPLATE / RECIPES, workspace)
     seconds: dict[str, float] = json.loads(timings.read_text()) if timings.exists() else {}
     for stage in stages:
         if stage in seconds:

@@ -15,6 +15,18 @@ hypothesis.settings.register_profile("ddops", derandomize=True, deadline=None, m
 hypothesis.settings.load_profile("ddops")
 
 
+@pytest.fixture
+def raised(monkeypatch):
+    """Makes this a ddops that computes a stage by the next recipe."""
+    from ddops.workspace import recipes
+
+    def raise_recipe(stage):
+        newer = {**recipes.known_recipes(), stage: recipes.recipe(stage) + 1}
+        monkeypatch.setattr(recipes, "known_recipes", lambda: newer)
+
+    return raise_recipe
+
+
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory):
     """A bundle of a tiny one-step student, one for all of xdist's processes. Not to be changed."""

@@ -20,6 +20,7 @@ from ddops.commands import (
     run,
     sample,
     serve,
+    stale,
     table,
     trajectories,
 )
@@ -34,13 +35,28 @@ from ddops.production import RegistryError
 from ddops.reports import ReportError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
 from ddops.workspace.files import WorkspaceError
+from ddops.workspace.recipes import RecipeError
 
-MODULES = (init, presets, compose, run, plan, fetch, sample, trajectories, table, export, override, promote, serve)
+MODULES = (
+    init,
+    presets,
+    compose,
+    run,
+    plan,
+    fetch,
+    sample,
+    trajectories,
+    table,
+    export,
+    override,
+    stale,
+    promote,
+    serve,
+)
 """Of the commands, in the order that ``ddops --help`` shows."""
 EXPLAINED = (
-    *(ConfigError, CheckpointError, MetricError, RegistryError, ReportError),
-    *(BundleError, ExportError, WorkspaceError),
-    MissingExtra,
+    *(ConfigError, CheckpointError, MetricError, RegistryError, ReportError, BundleError, ExportError),
+    *(WorkspaceError, RecipeError, MissingExtra),
 )
 """Errors whose message says what to do."""
 

@@ -28,7 +28,7 @@ from ddops.models.weights_dd2 import as_backbone, save_generator
 from ddops.sampling.few_step import sample_student
 from ddops.sampling.noise import Stream, normals
 from helpers.here import run_stage_here
-from helpers.tiny import FAMILIES, PARAMS, tiny, untrained
+from helpers.tiny import FAMILIES, PARAMS, tiny, untrained, write_recipes
 from helpers.tiny_bundle import FACTS, make_bundle, pixels, save_sources
 
 
@@ -260,6 +260,7 @@ def test_the_command_exports_a_workspace(bundle, tmp_path, capsys, student):
         "export.max_fid_loss=null",
     ]
     write_params(compose(PARAMS, overrides), workspace / "params.yaml")
+    write_recipes(workspace)
     weights = workspace / "artifacts" / f"{STUDENTS[student]}.safetensors"
     figures = {"protocol": {"name": "digits"}, "models": {student: sha256_file(weights)}}
     (workspace / "reports").mkdir()
@@ -317,6 +318,7 @@ def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, t
         "export.max_fid_loss=null",
     ]
     write_params(compose(PARAMS, overrides), tmp_path / "params.yaml")
+    write_recipes(tmp_path)
     (tmp_path / "reports").mkdir()
     gate, metrics = tmp_path / "reports/gate.json", tmp_path / "reports/metrics.json"
     metrics.write_text(json.dumps({"protocol": {"name": "digits"}, f"{student}_1step": {"fid": 7.5}}))

@@ -23,7 +23,7 @@ from ddops.stages import export_onnx, paths
 from ddops.stages.export_onnx import judge_exported
 from helpers.few_digits import FEW, few_digits
 from helpers.here import run_stage_here
-from helpers.tiny import FAMILIES, PARAMS
+from helpers.tiny import FAMILIES, PARAMS, write_recipes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,6 +41,7 @@ def judged(few, bundle, tmp_path, monkeypatch):
     values = compose(PARAMS, [*FAMILIES["llamagen"], *evaluate, *export])
     config = validate(values, "judged")
     write_params(values, tmp_path / "params.yaml")
+    write_recipes(tmp_path)
     for source, place in (("student", paths.DD1_STUDENT), ("tokenizer", paths.TOKENIZER)):
         place.parent.mkdir(parents=True)
         shutil.copy(bundle.parent / "bundle-weights" / f"{source}.safetensors", place)

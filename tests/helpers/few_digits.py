@@ -18,9 +18,9 @@ digits.load = lambda: few
 
 
 @contextmanager
-def few_digits() -> Iterator[None]:
+def few_digits(count: int = FEW) -> Iterator[None]:
     """In this process."""
     whole = digits.load()
-    few = digits.LabelledImages(whole.images_NIHW[:FEW], whole.labels_N[:FEW])
+    few = digits.LabelledImages(whole.images_NIHW[:count], whole.labels_N[:count])
     with mock.patch.object(digits, "load", return_value=few):
         yield

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ddops.config.base import plain
 from ddops.config.load import compose, load_config, write_params
 from ddops.files import sha256_file, sha256_json, write_json
 from ddops.stages import gate, paths
 from ddops.stages.common import drawing_of, sections
-from helpers.tiny import PARAMS
+from helpers.tiny import PARAMS, write_recipes
 
 
 def make_workspace() -> None:
     """In the current directory."""
     write_params(compose(PARAMS, ["preset=smoke"]), paths.PARAMS)
+    write_recipes(Path())
     files = {"tokenizer": paths.TOKENIZER, "teacher": paths.TRANSFORMER, **paths.STUDENTS}
     for path in (*files.values(), paths.CLASSIFIER):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from ddops.models.weights_dd2 import save_generator
 from ddops.stages import paths
 from ddops.trajectories.dataset import TrajectoryBatch
 from ddops.trajectories.shards import MANIFEST
+from ddops.workspace.files import TEMPLATE
+from ddops.workspace.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 PARAMS = ROOT / "params"
@@ -73,6 +76,12 @@ def write_tiny_params(directory: Path, *overrides: str) -> None:
     """A workspace's params.yaml of the tiny smoke preset."""
     directory.mkdir(parents=True, exist_ok=True)
     write_params(compose(PARAMS, ["preset=smoke", *SIZES, *overrides]), directory / "params.yaml")
+    write_recipes(directory)
+
+
+def write_recipes(directory: Path) -> None:
+    """The workspace asks for what this ddops computes: without that no stage runs."""
+    shutil.copy(TEMPLATE / RECIPES, directory)
 
 
 def kill_stage_in(workspace: Path, stage: str, *, suffix: str, number: int, first: str = "") -> None:

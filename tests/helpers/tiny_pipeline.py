@@ -58,7 +58,8 @@ def make(workspace, names=tuple(STAGES), **meta):
     """Write, compose (preset smoke) and commit such a project; its code and flows are this checkout's."""
     make_repository(workspace)
     shutil.copytree(ROOT / "params", workspace / "params")
-    shutil.copy(ROOT / "prefect.yaml", workspace)
+    for file in ("prefect.yaml", "recipes.yaml"):
+        shutil.copy(ROOT / file, workspace)
     for linked in ("deploy",):
         (workspace / linked).symlink_to(ROOT / linked)
     shutil.copy(ROOT / "tests" / "helpers" / "tiny_work.py", workspace / "work.py")

@@ -27,7 +27,7 @@ from ddops.stages.common import sections
 from ddops.stages.distill_dd2 import distill_dd2
 from ddops.stages.sample import sample
 from ddops.stages.trajectories import trajectories
-from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, stage_environment, tiny, untrained
+from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, stage_environment, tiny, untrained, write_recipes
 
 pytestmark = pytest.mark.xdist_group("dd2")  # which shares the stages' runs
 
@@ -83,6 +83,7 @@ def before(tmp_path_factory):
             return directory
         family, *overrides = RUNS[settings]
         write_params(compose(PARAMS, [*FAMILIES[family], *TINY, *overrides]), directory / paths.PARAMS)
+        write_recipes(directory)
         write_weights(directory, family)
         run(directory, "trajectories")
         return directory

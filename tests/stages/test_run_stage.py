@@ -1,23 +1,21 @@
 """What every stage's command line does beside the stage's work."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
 
 from ddops.stages import common, paths
-from helpers.tiny import write_tiny_params
-
-RECIPES = Path(__file__).parents[2] / "recipes.yaml"
+from ddops.workspace import recipes
+from helpers.tiny import ROOT, write_tiny_params
 
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tiny_params(tmp_path)
-    shutil.copy(RECIPES, paths.RECIPES)
-    monkeypatch.setattr(common, "_name", lambda stage: "features")
+    shutil.copy(ROOT / recipes.RECIPES, recipes.RECIPES)
+    monkeypatch.setattr(common, "stage_name", lambda stage: "features")
 
 
 def change(path, key, value):
@@ -28,10 +26,10 @@ def change(path, key, value):
 
 CHANGES = {
     "a section": lambda: change(paths.PARAMS, "seed", 5),
-    "the recipe": lambda: change(paths.RECIPES, "features", 99),
+    "the recipe": lambda: change(recipes.RECIPES, "features", 99),
     "params.yaml cut short": lambda: paths.PARAMS.write_text("seed: ["),
     "params.yaml gone": paths.PARAMS.unlink,
-    "recipes.yaml gone": paths.RECIPES.unlink,
+    "recipes.yaml gone": recipes.RECIPES.unlink,
 }
 
 
@@ -51,6 +49,6 @@ def test_settings_that_change_while_a_stage_runs_fail_it(workspace, what, capsys
 def test_what_the_stage_does_not_read_may_change(workspace):
     def stage(features):
         change(paths.PARAMS, "seed", 5)
-        change(paths.RECIPES, "sample", 99)
+        change(recipes.RECIPES, "sample", 99)
 
     common.run_stage(stage)

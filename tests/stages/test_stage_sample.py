@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
-from ddops.config.load import compose, write_params
+from ddops.config.load import compose, load_config, write_params
 from ddops.models.weights_dd2 import save_generator
 from ddops.stages import paths
-from ddops.stages.common import EXIT_TRY_AGAIN
+from ddops.stages import sample as stage
+from ddops.stages.common import EXIT_TRY_AGAIN, sections
 from helpers.few_digits import CUT_SHORT, few_digits
 from helpers.here import run_stage_here
-from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained, write_weights
+from helpers.tiny import FAMILIES, PARAMS, contents, kill_stage_in, tiny, untrained, write_recipes, write_weights
 
 pytestmark = pytest.mark.xdist_group("sample")  # which shares an undisturbed run
 
@@ -37,6 +38,7 @@ def workspace(directory, processes=1):
     write_weights(directory)
     settings = [*FAMILIES["llamagen"], *SETTINGS, f"evaluate.processes={processes}"]
     write_params(compose(PARAMS, settings), directory / paths.PARAMS)
+    write_recipes(directory)
     return directory
 
 
@@ -120,3 +122,29 @@ def test_one_of_the_others_is_killed(tmp_path, undisturbed):
     assert re.search(r"dd1_1step/seed2\.npz .* the same command again", result.stderr)
     run(killed)
     assert contents(killed / paths.SAMPLES) == contents(undisturbed / paths.SAMPLES)
+
+
+def drawn_until(monkeypatch, most):
+    """Names of the files that the stage draws in this process; it dies once there are ``most``."""
+    names, write = [], stage.write_samples
+
+    def write_or_die(path, batches, labels_N):
+        if len(names) == most:
+            raise KeyboardInterrupt
+        write(path, batches, labels_N)
+        names.append(f"{path.parent.name}/{path.name}")
+
+    monkeypatch.setattr(stage, "write_samples", write_or_die)
+    config = load_config()
+    stage.sample(**{name: getattr(config, name) for name in sections(stage.sample)})
+    return names
+
+
+@pytest.mark.parametrize("other_recipe", [False, True])
+def test_samples_of_another_recipe_are_not_gone_on_with(tmp_path, monkeypatch, raised, other_recipe):
+    monkeypatch.chdir(workspace(tmp_path))
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        drawn_until(patch, 3)
+    if other_recipe:
+        raised("sample")
+    assert len(drawn_until(monkeypatch, 99)) == (7 if other_recipe else 4)

@@ -38,6 +38,7 @@ from ddops.production import Registry
 from ddops.serving.models import find_bundle
 from ddops.stages import paths
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
+from ddops.workspace.code import record
 from helpers import forked
 from helpers.gate_world import make_workspace, run_gate
 from helpers.repository import make_repository
@@ -103,7 +104,7 @@ def write_yaml(file: str, value: object) -> None:
 
 
 def commit() -> None:
-    git("add", "params.yaml", "dvc.yaml", "dvc.lock")
+    git("add", "params.yaml", "recipes.yaml", "dvc.yaml", "dvc.lock")
     git("commit", "--quiet", "--allow-empty", "--message", "a training")
 
 
@@ -152,6 +153,9 @@ def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: 
     assert main(["production"]) == 0
     assert "nothing is in production yet" in capsys.readouterr().out
 
+    ran = record("gate", "0.0.1")
+    ran["files"]["evaluation/gate.py"]["code"] = "edited since"
+    write_json(paths.code_record("gate"), ran)
     assert main(["promote", "--reason", "the first"]) == 0, capsys.readouterr().err
     first = Path("production/v1.0.0")
     assert (first / "model.onnx").read_text() == "first"
@@ -165,6 +169,9 @@ def test_promotion_is_recorded_and_a_rollback_returns(repository: Path, capsys: 
     assert exported["figures"] == {"fid": 3.1}
     assert (exported["protocol"]["name"], exported["protocol"]["seeds"]) == ("digits", [1])
     assert registry.versions["v1.0.0"]["row"] == "dd2_1step"
+    code = registry.versions["v1.0.0"]["code"]
+    assert code["gate"] == {"recipe": 1, "changed": ["evaluation/gate.py"]}
+    assert code["teacher"] is None, "nothing is known of it"
     assert registry.versions["v1.0.0"]["source_commit"] == git("rev-parse", "HEAD~1")
     assert set(git("tag").splitlines()) == {"smoke@v1.0.0", "smoke#production#1"}
 

@@ -29,24 +29,24 @@ MAY_IMPORT = {
     "flow": {"config"},
     "models": {"config", "files", "flow"},
     "hub": {"config", "files", "lock", "models"},
-    "captions": {"config", "extras", "files", "data", "models", "torchvision_compat"},
+    "captions": {"workspace", "config", "extras", "files", "data", "models", "torchvision_compat"},
     "sampling": {"config", "models", "flow"},
     "losses": {"config", "models", "torchvision_compat"},
     "training": {"config", "files", "sampling"},
-    "trajectories": {"config", "extras", "files", "models", "captions", "flow", "sampling"},
+    "trajectories": {"workspace", "config", "extras", "files", "models", "captions", "flow", "sampling"},
     "pretrain": {"config", "data", "models", "training"},
     "distill": {"config", "models", "flow", "sampling", "losses", "training", "trajectories"},
     "costs": {"config", "models", "flow", "sampling", "losses", "training", "trajectories", "pretrain", "distill"},
     "evaluation": {
         *("config", "files", "git", "data", "models", "captions", "flow", "sampling", "trajectories"),
-        *("reports", "torchvision_compat"),
+        *("workspace", "reports", "torchvision_compat"),
     },
     "export": {"class_names", "config", "extras", "files", "reports", "git", "models", "captions", "sampling"},
     "inference": {"class_names", "config", "extras", "files", "models", "captions", "sampling", "export"},
     "serving": {"class_names", "config", "files", "production", "export", "inference"},
     "stages": {
         *("config", "files", "data", "models", "hub", "captions", "sampling", "losses", "training", "trajectories"),
-        *("extras", "production", "reports", "pretrain", "distill", "evaluation", "export"),
+        *("workspace", "extras", "production", "reports", "pretrain", "distill", "evaluation", "export"),
     },
     "commands": {
         *("class_names", "config", "extras", "files", "models", "hub", "captions", "sampling", "losses"),
@@ -197,7 +197,7 @@ CONSTANTS = {
     name: value
     for name, value in vars(paths).items()
     if isinstance(value, Path)
-    and name not in ("PARAMS", "RECIPES", "STATE", "REPORTS", "CURVES", "PRODUCTION", "TRAJECTORIES_THROUGHPUT")
+    and name not in ("PARAMS", "STATE", "REPORTS", "CURVES", "CODE", "PRODUCTION", "TRAJECTORIES_THROUGHPUT")
 }
 
 
@@ -220,9 +220,16 @@ def test_every_path_in_the_code_is_the_output_of_one_stage():
 
 
 def test_every_output_is_a_path_in_the_code():
-    known = [*CONSTANTS.values(), paths.CURVES]
+    known = [*CONSTANTS.values(), paths.CURVES, *map(paths.code_record, STAGES)]
     strangers = [path for path in ALL_OUTPUTS if not any(covers(path, k) or covers(k, path) for k in known)]
     assert not strangers
+
+
+def test_a_stage_declares_its_code_record_and_nothing_depends_on_it():
+    """In Git and not in DVC's cache, as the decision of the gate is; for information, so nothing follows from it."""
+    for name, stage in STAGES.items():
+        assert {str(paths.code_record(name)): {"cache": False}} in stage["outs"]
+        assert not any(covers(paths.CODE, Path(path)) for path in stage.get("deps", []))
 
 
 def test_running_state_is_outside_the_outputs():

@@ -14,6 +14,7 @@ from dvc.utils.hydra import compose_and_dump
 
 from ddops.cli import main
 from ddops.config.load import ConfigError, compose, group_files, load_config, validate, write_params
+from helpers.tiny import write_recipes
 
 ROOT = Path(__file__).parents[2]
 PARAMS = ROOT / "params"
@@ -298,12 +299,13 @@ def test_a_stage_refuses_a_bad_file_in_plain_words_before_it_does_anything(tmp_p
     """No traceback, exit code 1, nothing written: the promise of every stage's command line."""
     values = spoilt(compose(PARAMS, ["preset=smoke"]), "features.training.stepz", 1)
     write_params(values, tmp_path / "params.yaml")
+    write_recipes(tmp_path)
     command = [sys.executable, "-m", "ddops.stages.features"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert re.search(r"features: params\.yaml: features\.training\.stepz: .*'steps'", result.stderr)
     assert "Traceback" not in result.stderr
-    assert [file.name for file in tmp_path.iterdir()] == ["params.yaml"]
+    assert {file.name for file in tmp_path.iterdir()} == {"params.yaml", "recipes.yaml"}
 
 
 def test_prompts_of_ones_own_in_place_of_the_digits_are_added_with_two_pluses():

@@ -370,7 +370,7 @@ def test_a_checkpoint_belongs_to_its_settings_and_inputs(tmp_path):
     (tmp_path / "other").write_bytes(b"another teacher")
 
     def fingerprint(name="dd1", seed=0, settings=config, teacher="teacher"):
-        return checkpoint_file(name, [seed, settings], [tmp_path / teacher]).fingerprint
+        return checkpoint_file("distill_dd1", name, [seed, settings], [tmp_path / teacher]).fingerprint
 
     assert fingerprint(settings=training()) == fingerprint()
     others = [

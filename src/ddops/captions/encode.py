@@ -18,6 +18,7 @@ from ddops.captions.store import MANIFEST, PROMPTS, is_shard, write_manifest, wr
 from ddops.config.captions import EncodedCaptionsConfig, PromptsConfig
 from ddops.data import digits
 from ddops.files import sha256_file, sha256_json
+from ddops.workspace.recipes import recipe
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,10 @@ def load_prompts(config: PromptsConfig) -> PromptSet:
 def encode_set(
     directory: Path, prompts: PromptSet, encode: Encoder, config: EncodedCaptionsConfig, encoder_facts: dict[str, Any]
 ) -> int:
-    """Complete the prompt set in ``directory``, of which whole shards made with the same settings are kept; how many
-    prompts were encoded."""
+    """Complete the prompt set in ``directory``, of which whole shards made with the same settings and recipe are kept;
+    how many prompts were encoded."""
     settings = {
+        "recipe": recipe("captions"),
         "encoder": encoder_facts,
         "length": config.length,
         "dtype": config.dtype,

@@ -20,6 +20,7 @@ from ddops.commands.repository import (
     require_tools,
     user,
 )
+from ddops.commands.stale import stale_summary
 from ddops.config.base import plain
 from ddops.config.load import load_config
 from ddops.files import sha256_file, sha256_json
@@ -27,15 +28,16 @@ from ddops.lock import held
 from ddops.production import Registry
 from ddops.reports import read_metrics
 from ddops.stages import paths
+from ddops.workspace.recipes import require_recipes
 
 BESIDE: Final = (paths.METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS, paths.MODEL_CARD)
 """Files that go with a version's bundle, as far as they are there."""
-CODE: Final = (Path("dvc.yaml"), Path("src"))
+CODE: Final = (Path("dvc.yaml"), Path("recipes.yaml"), Path("src"))
 RUN: Final = (Path("dvc.lock"), paths.PARAMS)
 """What must be committed, so that the commit says where a version is from: what ran, and with which settings."""
 RESULTS: Final = (
     *(paths.METRICS, paths.ROWS_TABLE, paths.FEATURES_METRICS, paths.GATE_DECISION, paths.EXPORT_METRICS),
-    *(paths.ENGINE_METRICS, paths.SUMMARY, paths.TRAJECTORIES_THROUGHPUT),
+    *(paths.ENGINE_METRICS, paths.SUMMARY, paths.TRAJECTORIES_THROUGHPUT, paths.CODE),
 )
 """What a run writes that Git keeps, beside :data:`RUN`."""
 
@@ -77,6 +79,7 @@ def run_promote(arguments: argparse.Namespace) -> None:
     Raises:
         ModelRefusedError: a rule of the gate fails, or one for the exported graph.
         CommandError: what is in hand is not what was judged, or not committed.
+        RecipeError: the workspace is of another ddops: its model would be judged anew by other code than made it.
         BundleError: there is no bundle, or it is damaged.
         HeldError: another promotion or rollback is at it.
     """
@@ -91,6 +94,7 @@ def _promote(arguments: argparse.Namespace, by: str) -> None:
     # A run asks for what is new, whatever was left to be done of the step before; a person, for one step.
     if _finished(registry) and not arguments.if_new:
         return
+    require_recipes()
     decision = fresh_decision(config)
     files = exported_files(config)
     model = {"student_sha256": decision["student_sha256"], "export_sha256": sha256_json(plain(config.export))}
@@ -123,6 +127,7 @@ def _promote(arguments: argparse.Namespace, by: str) -> None:
         "source_commit": git("rev-parse", "HEAD"),
         "decision": decision,
         "exported": exported,
+        "code": stale_summary(EXPORTING),
         "row": config.export.row,
         "metrics": read_metrics(paths.METRICS),
     }

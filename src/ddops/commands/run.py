@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ddops.commands.arguments import CommandError, Subparsers
 from ddops.extras import require
+from ddops.workspace.recipes import require_recipes
 
 
 def register(commands: Subparsers) -> None:
@@ -46,9 +47,11 @@ def _become(command: str, module: str, arguments: Sequence[str]) -> None:
     """
     Raises:
         CommandError: this is no workspace. MissingExtra: Prefect is not installed.
+        RecipeError: the workspace is of another ddops: said now, not by a stage in the middle of the run.
     """
     if not Path("dvc.yaml").is_file():
         raise CommandError("no dvc.yaml here: run from a workspace (ddops init DIR writes one)")
     require("prefect", f"ddops {command}")
+    require_recipes()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ddops.commands.arguments import CommandError, Subparsers, add_params
 from ddops.commands.workspace import Workspace, find_workspace
 from ddops.stages import paths
+from ddops.workspace.recipes import RECIPES, require_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,9 +219,11 @@ def _place(arguments: argparse.Namespace) -> tuple[Workspace, Path]:
 def _job(arguments: argparse.Namespace, workers: int) -> tuple[Workspace, Job]:
     from dataclasses import replace
 
-    from ddops.trajectories.generate import Job, SavedTeacher
+    from ddops.trajectories.generate import STAGE, Job, SavedTeacher
 
     workspace, directory = _place(arguments)
+    if (workspace.root / "dvc.yaml").is_file():
+        require_recipe(STAGE, workspace.root / RECIPES)
     config = workspace.config
     teacher = SavedTeacher.of(workspace.tokenizer, workspace.transformer, workspace.root / paths.TRAIN_CAPTIONS)
     trajectories = replace(config.trajectories, count=arguments.count or config.trajectories.count)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ddops.commands.arguments import CommandError, load_preset
-from ddops.commands.fetch import FETCHED, fetch_preset
+from ddops.commands.fetch import FETCHED, converted_by_this, fetch_preset
 from ddops.config.load import load_config
 from ddops.config.stages import Config, DownloadedTeacherConfig
 from ddops.stages import paths
@@ -54,7 +54,7 @@ def find_workspace(target: str, params: Path) -> Workspace:
         raise CommandError(f"preset {target}: not trained here yet: ddops compose preset={target} && dvc repro")
     directory = FETCHED / target
     found = load_config(directory / paths.PARAMS) if (directory / paths.PARAMS).is_file() else None
-    if found != preset.config:
+    if found != preset.config or not converted_by_this(directory):
         fetch_preset(preset, directory)
     return _existing(directory)
 

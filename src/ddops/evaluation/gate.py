@@ -8,15 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from ddops.config.evaluation import GateConfig, GateOverride, GateRule
+from ddops.workspace.recipes import recipe
 
 PRODUCTION: Final = "production"
 STUDENT: Final = "student"
 """In a rule: the row of the model that is exported, whichever the preset names."""
 _COMPARED: Final = (
-    *("name", "features", "features_sha256", "feature_dim", "reference_sha256", "labels", "image_size", "resize"),
-    *("quantisation", "asked_for", "kid", "neighbours", "precision_recall_samples", "prompts_sha256", "clip_sha256"),
+    *("name", "recipes", "features", "features_sha256", "feature_dim", "reference_sha256", "labels", "image_size"),
+    *("resize", "quantisation", "asked_for", "kid", "neighbours", "precision_recall_samples", "prompts_sha256"),
+    "clip_sha256",
 )
 """Facts of a protocol in which two figures must agree. (Seeds and versions are recorded, and may differ.)"""
+_FIRST: Final = {"recipes": {"sample": 1, "evaluate": 1}}
+"""Figures that name no recipes are of before there were any, and have been vouched for by ``dvc commit`` since."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,13 @@ def gate_decision(
 
 def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The facts in which two protocols differ, so that their figures do not compare; none where they do."""
-    return [fact for fact in _COMPARED if a.get(fact) != b.get(fact)]
+    one, other = _FIRST | dict(a), _FIRST | dict(b)
+    return [fact for fact in _COMPARED if one.get(fact) != other.get(fact)]
+
+
+def recipes_of_figures() -> dict[str, int]:
+    """The recipes that this ddops draws and judges samples by: a protocol's fact, beside its settings."""
+    return {stage: recipe(stage) for stage in _FIRST["recipes"]}
 
 
 def _model_checks(metrics: Mapping[str, Any], models: Mapping[str, str]) -> list[Check]:
@@ -153,7 +163,7 @@ def _model_checks(metrics: Mapping[str, Any], models: Mapping[str, str]) -> list
 
 
 def _protocol_checks(metrics: Mapping[str, Any], expected: Mapping[str, Any]) -> list[Check]:
-    stated = metrics.get("protocol", {})
+    stated = _FIRST | metrics.get("protocol", {})
     checks = []
     for fact, value in expected.items():
         same = stated.get(fact) == value

@@ -23,6 +23,7 @@ from ddops.config.evaluation import (
     T2IEvaluateConfig,
 )
 from ddops.data import digits
+from ddops.evaluation.gate import recipes_of_figures
 from ddops.evaluation.images import to_uint8
 from ddops.evaluation.judge import DigitsJudge, Judge, load_classifier
 from ddops.evaluation.metrics import Reference, look, measure
@@ -83,6 +84,7 @@ class Ruler:
             }
         return {
             "name": self.config.protocol,
+            "recipes": recipes_of_figures(),
             "features": self.judge.name,
             "features_sha256": self.judge.sha256,
             "feature_dim": self.judge.feature_dim,

@@ -47,6 +47,7 @@ def ar_diffusion(
     conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher)
     checkpoint = checkpoint_file(
         "ar_diffusion",
+        "ar_diffusion",
         [seed, sampling, ar_diffusion],
         [tokenizer_file, transformer_file, *judge_files, trajectories, *conditions.files],
     )

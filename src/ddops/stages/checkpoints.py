@@ -12,11 +12,15 @@ from ddops.config.base import plain
 from ddops.files import sha256_file, sha256_json
 from ddops.stages import paths
 from ddops.training.checkpoint import CheckpointFile
+from ddops.workspace.recipes import recipe
 
 
-def checkpoint_file(name: str, settings: Iterable[Any], inputs: Iterable[Path] = ()) -> CheckpointFile:
-    """The checkpoint of a training run that depends on ``settings`` (plain values, configs) and input files."""
+def checkpoint_file(stage: str, name: str, settings: Iterable[Any], inputs: Iterable[Path] = ()) -> CheckpointFile:
+    """The checkpoint of a training run of ``stage``, whose recipe it depends on, on ``settings`` (plain values,
+    configs) and on input files."""
     described = [plain(value) for value in settings]
     hashes = [sha256_file(path) for path in inputs]
     versions = {"torch": torch.__version__}
-    return CheckpointFile(paths.STATE / f"{name}.pt", sha256_json([name, described, hashes, versions]))
+    return CheckpointFile(
+        paths.STATE / f"{name}.pt", sha256_json([stage, recipe(stage), name, described, hashes, versions])
+    )

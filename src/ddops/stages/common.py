@@ -11,10 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+import ddops
 from ddops.captions.errors import CaptionError
 from ddops.config.base import plain
 from ddops.config.dd2 import ARDiffusionConfig, DD2Config
@@ -30,6 +28,8 @@ from ddops.reports import ReportError
 from ddops.stages import launch, paths
 from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
 from ddops.trajectories.errors import DatasetError
+from ddops.workspace.code import record
+from ddops.workspace.recipes import RecipeError, require_recipe
 
 Stage = Callable[..., object]
 
@@ -47,15 +47,23 @@ EXIT_TRY_AGAIN = 75
 """Exit codes of a stage, for whoever runs the pipeline: refused by the gate; trouble that may pass (as EX_TEMPFAIL in
 sysexits.h). Any other failure that was explained is 1."""
 
+OWN_CODE = Path("src/ddops/__init__.py")
+"""There in a workspace that is a checkout of ddops."""
+
 EXPECTED_ERRORS = (
-    *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError),
-    *(ReportError, StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, MissingExtra, OSError),
+    *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError, ReportError, RecipeError),
+    *(StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, MissingExtra, OSError),
 )
 
 
 def sections(stage: Stage) -> tuple[str, ...]:
     """The sections of ``params.yaml`` a stage reads: the names of its parameters. ``dvc.yaml`` must list the same."""
     return tuple(inspect.signature(stage).parameters)
+
+
+def stage_name(stage: Stage) -> str:
+    """Its file's name: run with `python -m`, the module's own is ``__main__``."""
+    return Path(inspect.getfile(stage)).stem
 
 
 def run_stage(stage: Stage, *, trains: str | None = None) -> None:
@@ -68,50 +76,52 @@ def run_stage(stage: Stage, *, trains: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for noisy in ("dvc", "dvclive", "httpx", "onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    name = stage_name(stage)
     try:
+        require_recipe(name)
+        require_own_code(name)
         config = load_config(paths.PARAMS)
         processes = launch.processes_wanted(getattr(config, trains) if trains else None)
         if processes:
-            raise SystemExit(launch.torchrun(f"ddops.stages.{Path(inspect.getfile(stage)).stem}", processes))
-        recipe = _recipe(stage)
-        stage(**{name: getattr(config, name) for name in sections(stage)})
-        require_unchanged(stage, config, recipe)
+            raise SystemExit(launch.torchrun(f"ddops.stages.{name}", processes))
+        if first:
+            write_json(paths.code_record(name), record(name, ddops.__version__))
+        stage(**{section: getattr(config, section) for section in sections(stage)})
+        require_unchanged(stage, config)
+        require_recipe(name)
     except EXPECTED_ERRORS as error:
-        # The file's name: run with `python -m`, the module's own is "__main__".
-        print(f"\n{Path(inspect.getfile(stage)).stem}: {error}", file=sys.stderr)
+        print(f"\n{name}: {error}", file=sys.stderr)
         raise SystemExit(exit_code(error)) from None
 
 
-def require_unchanged(stage: Stage, config: Config, recipe: Any) -> None:
+def require_unchanged(stage: Stage, config: Config) -> None:
     """What the stage has read must still be there when it ends: DVC records what is there by then.
 
     Raises:
-        StageError: sections of ``params.yaml``, or the stage's recipe, are others than when it began.
+        StageError: sections of ``params.yaml`` are others than when it began.
         ConfigError: ``params.yaml`` is not valid any more.
     """
     now = load_config(paths.PARAMS)
-    changed = [f"{paths.PARAMS}: {name}" for name in sections(stage) if getattr(now, name) != getattr(config, name)]
-    if _recipe(stage) != recipe:
-        changed.append(f"{paths.RECIPES}: {_name(stage)}")
+    changed = [name for name in sections(stage) if getattr(now, name) != getattr(config, name)]
     if changed:
         raise StageError(
-            f"changed while the stage ran, so that its results are those of other settings: {', '.join(changed)}. "
-            f"Nothing was recorded; run dvc repro {_name(stage)} again"
+            f"{paths.PARAMS}: {', '.join(changed)} changed while the stage ran, so its results are those of other "
+            "settings. Nothing was recorded; run it again"
         )
 
 
-def _recipe(stage: Stage) -> Any:
-    """What ``recipes.yaml`` says of a stage; None where it says nothing, as outside a pipeline."""
-    if not paths.RECIPES.exists():
-        return None
-    try:
-        return yaml.safe_load(paths.RECIPES.read_text(encoding="utf-8")).get(_name(stage))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise StageError(f"{paths.RECIPES}: not readable ({error}); restore it from Git") from error
+def require_own_code(stage: str) -> None:
+    """In a checkout of ddops, see to it that its own code runs: whoever reads the commit takes it for what ran.
 
-
-def _name(stage: Stage) -> str:
-    return Path(inspect.getfile(stage)).stem
+    Raises:
+        StageError: the ddops that runs is another.
+    """
+    own, running = OWN_CODE.resolve(), Path(ddops.__file__).resolve()
+    if own.is_file() and own != running:
+        raise StageError(
+            f"this is a checkout of ddops, and the ddops that runs is another one, in {running.parent}: the output "
+            f"would be recorded as made by code that did not make it. Run sh stage.sh {stage}, as dvc repro does"
+        )
 
 
 def exit_code(error: Exception) -> int:

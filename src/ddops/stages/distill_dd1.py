@@ -39,6 +39,9 @@ def distill_dd1(seed: int, features: FeaturesConfig, dd1: DD1Config) -> None:
     """Train the student, initialised from the teacher; its EMA weights are the result. Or fetch a released one."""
     model_config, _ = load_metadata(require(paths.TRANSFORMER, "teacher"), TRANSFORMER_KIND)
     if isinstance(dd1, ReleasedDD1Config):
+        paths.DD1_STUDENT.unlink(
+            missing_ok=True
+        )  # converted by another recipe perhaps, and fetching keeps what it finds
         write_origin([paths.CURVES / "dd1"], acquire_student(dd1, model_config, paths.DD1_STUDENT))
         return
     _train(seed, features, dd1, model_config)
@@ -60,7 +63,7 @@ def _train(seed: int, features: FeaturesConfig, dd1: TrainedDD1Config, model_con
     student.to(device)
     conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher, student)
     inputs = [tokenizer_file, transformer_file, *judge_files, paths.TRAJECTORIES / MANIFEST, *conditions.files]
-    checkpoint = checkpoint_file("dd1", [seed, dd1], inputs)
+    checkpoint = checkpoint_file("distill_dd1", "dd1", [seed, dd1], inputs)
     batches = batch_source(
         dataset, lambda step: own_share(batch_indices(seed, step, dd1.training.batch_size, len(dataset))), device
     )

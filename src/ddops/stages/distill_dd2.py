@@ -49,7 +49,7 @@ def distill_dd2(seed: int, features: FeaturesConfig, sampling: SamplingConfig, d
         model.to(device)
     conditions = open_conditions(paths.TRAIN_CAPTIONS, teacher, generator, guidance)
     inputs += conditions.files
-    checkpoint = checkpoint_file("dd2", [seed, sampling, dd1.start_positions, dd2], inputs)
+    checkpoint = checkpoint_file("distill_dd2", "dd2", [seed, sampling, dd1.start_positions, dd2], inputs)
     batches = batch_source(
         dataset, lambda step: own_share(batch_indices(seed, step, dd2.training.batch_size, len(dataset))), device
     )

@@ -30,7 +30,7 @@ def features(seed: int, features: FeaturesConfig) -> None:
         return
     training, heldout = split(digits.load(), features.holdout, seed)
     classifier = seeded(seed, lambda: new_classifier(features)).to(training_device(features.training.processes))
-    checkpoint = checkpoint_file("classifier", [seed, features])
+    checkpoint = checkpoint_file("features", "classifier", [seed, features])
     with _one_thread():
         state = train(
             classifier,

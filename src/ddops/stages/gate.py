@@ -9,7 +9,7 @@ from ddops.config.dd2 import ARDiffusionConfig, DD2Config
 from ddops.config.evaluation import DigitsEvaluateConfig, EvaluateConfig, GateConfig
 from ddops.config.models import SamplingConfig
 from ddops.config.stages import DD1Config, ExportConfig, TrajectoriesConfig
-from ddops.evaluation.gate import Decision, gate_decision
+from ddops.evaluation.gate import Decision, gate_decision, recipes_of_figures
 from ddops.files import sha256_file, sha256_json, write_json
 from ddops.production import metrics_in_production
 from ddops.reports import read_metrics
@@ -69,6 +69,7 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig,
         files["dd2"] = require(paths.DD2_GENERATOR, "distill_dd2")
     protocol = {
         "name": evaluate.protocol,
+        "recipes": recipes_of_figures(),
         "settings_sha256": sha256_json(plain(evaluate)),
         "features_sha256": sha256_file(require(paths.CLASSIFIER, "features")),
         "drawing_sha256": drawing,

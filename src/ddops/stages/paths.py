@@ -5,7 +5,6 @@ from pathlib import Path
 from ddops.production import REGISTRY
 
 PARAMS = Path("params.yaml")
-RECIPES = Path("recipes.yaml")
 
 CLASSIFIER = Path("artifacts/features/classifier.safetensors")
 CAPTIONS = Path("data/captions")
@@ -41,8 +40,16 @@ SUMMARY = REPORTS / "summary.json"
 REPORT = REPORTS / "index.html"
 MODEL_CARD = REPORTS / "model_card.md"
 
+CODE = REPORTS / "code"
+"""Which code each stage ran, for `ddops stale`. In Git; nothing depends on it."""
+
 PRODUCTION = Path("production") / REGISTRY
 """Which model is in production, and every step that led there. In Git; the gate depends on it."""
 
 STATE = Path(".ddops/state")
 """Checkpoints of running stages. Outside the stages' outputs, because DVC deletes those before a stage runs."""
+
+
+def code_record(stage: str) -> Path:
+    """Where a stage notes its code."""
+    return CODE / f"{stage}.json"

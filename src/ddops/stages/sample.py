@@ -30,6 +30,7 @@ from ddops.stages.statistics import statistics_file
 from ddops.training.errors import ReplicaLost
 from ddops.training.replicas import replicas
 from ddops.trajectories.shards import MANIFEST
+from ddops.workspace.recipes import recipe
 
 TILE = 48
 """Side of an image in a grid, in pixels, for images smaller than that."""
@@ -72,7 +73,7 @@ def sample(
     dataset = sha256_file(require(paths.TRAJECTORIES / MANIFEST, "trajectories"))
     prompts = [sha256_file(path) for path in conditions.files]
     sections = [plain(section) for section in (sampling, trajectories, dd1, ar_diffusion, dd2, evaluate)]
-    settings = [hashes, prompts, dataset, *sections]
+    settings = [recipe("sample"), hashes, prompts, dataset, *sections]
     drawn = _unfinished(sha256_json(settings))
     if real := protocol.real_images():
         batches = reconstruct(model, real.images_NIHW, evaluate.batch_size)
@@ -90,7 +91,8 @@ def sample(
 
 
 def _unfinished(fingerprint: str) -> Path:
-    """The directory of a run with these settings; what runs with others left behind is deleted, and half a file."""
+    """The directory of a run with these settings and this recipe; what runs with others left is deleted,
+    and half a file."""
     directory = UNFINISHED / fingerprint
     for other in UNFINISHED.glob("*"):
         if other != directory:

@@ -24,6 +24,8 @@ from ddops.training.loop import seeded, train
 def teacher(seed: int, teacher: TeacherConfig) -> None:
     """Train both parts; a killed run goes on from the last checkpoint of the part it was at. Or fetch both."""
     if isinstance(teacher, DownloadedTeacherConfig):
+        for path in (paths.TOKENIZER, paths.TRANSFORMER):
+            path.unlink(missing_ok=True)  # converted by another recipe perhaps, and fetching keeps what it finds
         files = acquire_teacher(teacher, paths.TOKENIZER, paths.TRANSFORMER)
         write_origin([paths.CURVES / "tokenizer", paths.CURVES / "teacher"], files)
         return
@@ -40,7 +42,9 @@ def _trained_tokenizer(
     seed: int, config: TrainedTeacherConfig, images_NIHW: Tensor
 ) -> tuple[Tokenizer, CheckpointFile]:
     """The tokenizer. Its finished checkpoint stays, so a run killed later passes through here at once."""
-    checkpoint = checkpoint_file("tokenizer", [seed, config.model, config.tokenizer_training, config.codebook_weight])
+    checkpoint = checkpoint_file(
+        "teacher", "tokenizer", [seed, config.model, config.tokenizer_training, config.codebook_weight]
+    )
     device = training_device(config.tokenizer_training.processes)
     tokenizer = seeded(seed, lambda: build_tokenizer(config.model)).to(device)
     state = train(
@@ -70,7 +74,7 @@ def _trained_transformer(
         ids_NL = tokenizer.to(device).encode(data.images_NIHW.to(device)).clone().cpu()
     conditions = open_conditions(paths.TRAIN_CAPTIONS, model)
     labels_N = conditions.of_images(data.labels_N)
-    checkpoint = checkpoint_file("transformer", [seed, config], conditions.files)
+    checkpoint = checkpoint_file("teacher", "transformer", [seed, config], conditions.files)
     state = train(
         model,
         teacher_objective(ids_NL, labels_N, label_dropout=config.label_dropout, token_dropout=config.token_dropout),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -46,9 +46,12 @@ from ddops.trajectories.shards import (
     write_manifest,
     write_shard,
 )
+from ddops.workspace.recipes import recipe
 
 log = logging.getLogger(__name__)
 
+STAGE = "trajectories"
+"""Whose recipe the shards are made by."""
 NOISE_THREADS = {"cuda": 4}
 """Of a process, by its device; elsewhere one, since the processors are at work themselves."""
 MOST_CODES = 2**16 - 1
@@ -101,6 +104,8 @@ class Job:
     sampling: SamplingConfig
     seed: int
     directory: Path
+    recipe: int = field(default_factory=lambda: recipe(STAGE))
+    """Of who asks; a worker that computes by another makes no shard."""
 
     @classmethod
     def of(
@@ -126,6 +131,7 @@ class Job:
         """Everything that a trajectory's bytes depend on besides its index (and the platform's arithmetic)."""
         sampling, config = self.sampling, self.config
         return {
+            "recipe": self.recipe,
             "teacher_sha256": self.teacher_sha256,
             "sampling": {
                 "guidance": sampling.guidance,
@@ -315,7 +321,16 @@ def write_empty(directory: Path, reason: str) -> None:
 
 
 def make_shard(job: Job, plan: ShardPlan) -> Throughput:
-    """Make one shard and write it."""
+    """Make one shard and write it.
+
+    Raises:
+        DatasetError: the ddops that runs here, on a worker perhaps, computes by another recipe than asked for.
+    """
+    if job.recipe != recipe(STAGE):
+        raise DatasetError(
+            f"{plan.name}: asked for is recipe {job.recipe}, the ddops of this worker computes by {recipe(STAGE)}: let "
+            "every machine have the same ddops"
+        )
     teacher, half = job.open_teacher(job.config.precision), job.config.precision == "bfloat16"
     codebook_VC, length = teacher.codebook_VC, teacher.layout.length
     device, clock = codebook_VC.device, time.perf_counter

@@ -10,15 +10,17 @@ import numpy as np
 from ddops.files import sha256_file
 from ddops.sampling.noise import NOISE_VERSION
 from ddops.trajectories.errors import DatasetError
-from ddops.trajectories.generate import trajectory_labels
+from ddops.trajectories.generate import STAGE, trajectory_labels
 from ddops.trajectories.shards import differences, read_manifest, read_shard
+from ddops.workspace.recipes import recipe
 
 
 def problems(directory: Path, num_classes: int, codebook_size: int) -> Iterator[str]:
     """What is wrong with a data set, each with the file's name; nothing where all is well.
 
     Every shard's bytes are compared with the manifest, its seal with its contents, its settings with the manifest's,
-    its labels with those of seed and index, and the shards with the whole: no sample is missing or there twice.
+    its recipe with this ddops', its labels with those of seed and index, and the shards with the whole: no sample is
+    missing or there twice.
 
     Raises:
         DatasetError: there is no manifest, so the data set is incomplete, or it is damaged.
@@ -27,6 +29,8 @@ def problems(directory: Path, num_classes: int, codebook_size: int) -> Iterator[
     settings, expected = manifest["settings"], 0
     if manifest["shards"] and settings["noise_version"] != NOISE_VERSION:
         yield f"{directory}: made with noise {settings['noise_version']}, this version computes {NOISE_VERSION}"
+    if manifest["shards"] and (made_by := settings.get("recipe")) != recipe(STAGE):
+        yield f"{directory}: made by recipe {made_by}, this version computes by {recipe(STAGE)}"
     for entry in manifest["shards"]:
         path = directory / entry["name"]
         if entry["first"] != expected:
