@@ -13,6 +13,7 @@ from ddops.commands import (
     export,
     fetch,
     init,
+    migrate,
     override,
     plan,
     presets,
@@ -39,6 +40,7 @@ from ddops.workspace.recipes import RecipeError
 
 MODULES = (
     init,
+    migrate,
     presets,
     compose,
     run,
