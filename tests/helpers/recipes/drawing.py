@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 from ddops.captions.store import CaptionSet
+from ddops.config.stages import TrajectoriesConfig
 from ddops.evaluation.samples import open_samples
 from ddops.export.manifest import MODEL, Manifest, ModelFacts, OnnxFacts, write_manifest
 from ddops.export.session import open_session, run_session
 from ddops.files import sha256_file, write_json
+from ddops.flow.solvers import solve_flow
 from ddops.production import Registry
 from ddops.stages import paths
 from ddops.stages.build_engine import build
@@ -88,7 +90,22 @@ def _trajectories(family: str, **changes: Any) -> Digest:
         "labels": found.labels_N.tolist(),
         "noise": {"norm": float(noise_BLC.norm()), "first": noise_BLC.flatten()[:4].tolist()},
         "settings": {key: value for key, value in digest.plain(settings).items() if key != "recipe"},
+        "evaluations": _evaluations(config.trajectories),
     }
+
+
+def _evaluations(config: TrajectoriesConfig) -> float:
+    """Posterior means a token: other steps that lead to the same codes are another computation."""
+    log_p_NV = numbers("logits", 400, 32).mul(2).log_softmax(-1)
+    solution = solve_flow(
+        numbers("flow noise", 400, 4),
+        log_p_NV,
+        numbers("codes", 32, 4),
+        solver=config.solver,
+        evaluations=config.evaluations,
+        tolerance=config.tolerance,
+    )
+    return float(solution.evaluations_N.double().mean())
 
 
 def _sample(family: str, rows: str, **changes: Any) -> Digest:

@@ -121,7 +121,8 @@ def _dd2(family: str, head: str = "codes", **changes: Any) -> Digest:
     with few_digits(IMAGES):
         run(distill_dd2, config)
     pictures = sorted(file.name for file in (paths.CURVES / "dd2").glob("*.png"))
-    return {**_trained(paths.DD2_GENERATOR, "dd2"), "pictures": pictures}
+    found = _trained(paths.DD2_GENERATOR, "dd2")
+    return {"alternating": found.pop("losses"), **found, "pictures": pictures}
 
 
 def _trained(file: Path, curves: str) -> Digest:
@@ -129,11 +130,11 @@ def _trained(file: Path, curves: str) -> Digest:
 
 
 def _split(curves: Digest) -> Digest:
-    """Losses, and what is looser: figures of few samples of a model that draws noise."""
+    """Losses, and figures of what the model draws."""
     loose = {name for name in curves if name.startswith("fid") or name in ("recall", "diversity", "accuracy")}
     return {
         "losses": {name: curves[name] for name in sorted(curves.keys() - loose)},
-        "figures": {name: curves[name] for name in sorted(loose)},
+        "drawn": {name: curves[name] for name in sorted(loose)},
     }
 
 
