@@ -13,6 +13,7 @@ from ddops.commands import (
     export,
     fetch,
     init,
+    migrate,
     override,
     plan,
     presets,
@@ -32,12 +33,14 @@ from ddops.extras import MissingExtra, explained
 from ddops.lock import HeldError
 from ddops.models.errors import CheckpointError
 from ddops.production import RegistryError
+from ddops.reports import ReportError
 from ddops.stages.common import EXIT_REFUSED, EXIT_TRY_AGAIN, ModelRefusedError
 from ddops.workspace.files import WorkspaceError
 from ddops.workspace.recipes import RecipeError
 
 MODULES = (
     init,
+    migrate,
     presets,
     compose,
     run,
@@ -54,7 +57,7 @@ MODULES = (
 )
 """Of the commands, in the order that ``ddops --help`` shows."""
 EXPLAINED = (
-    *(ConfigError, CheckpointError, MetricError, RegistryError, BundleError, ExportError),
+    *(ConfigError, CheckpointError, MetricError, RegistryError, ReportError, BundleError, ExportError),
     *(WorkspaceError, RecipeError, MissingExtra),
 )
 """Errors whose message says what to do."""

@@ -5,21 +5,60 @@ Beside it, a directory a version holds the bundle, tracked by DVC; nothing of a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ddops.files import write_json
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from ddops.files import read_json, write_json
 
 REGISTRY: Final = "registry.json"
 """Its name, in the directory of the versions."""
+_WAY_OUT: Final = "restore it from Git"
 
 
 class RegistryError(ValueError):
     """A step that the registry does not allow. The message says which are possible."""
+
+
+class Version(TypedDict, total=False):
+    """What a version's readers go by, each by some of it."""
+
+    files: dict[str, str] | list[str]
+    metrics: dict[str, dict[str, Any]]
+    row: str
+    preset: str
+    bundle: str
+
+
+Step = TypedDict("Step", {"what": str, "version": str, "from": str | None, "at": str, "by": str, "reason": str})
+"""What led from one version to another."""
+
+
+class Contents(TypedDict):
+    """The file."""
+
+    current: str | None
+    versions: dict[str, Version]
+    history: list[Step]
+
+
+_REGISTRY: Final[TypeAdapter[Any]] = TypeAdapter(Contents)
+
+
+class _Facts(dict[str, Any]):
+    """A version's facts; asking for one that is not there is an error of the registry's."""
+
+    def __init__(self, where: str, facts: Mapping[str, Any]) -> None:
+        super().__init__(facts)
+        self._where = where
+
+    def __missing__(self, key: str) -> Any:
+        raise RegistryError(f"{self._where}: damaged (it has no {key}); {_WAY_OUT}")
 
 
 @dataclass
@@ -42,13 +81,16 @@ class Registry:
         """
         if not path.exists():
             return cls(path)
-        try:
-            values = json.loads(path.read_text())
-            registry = cls(path, values["current"], values["versions"], values["history"])
-            if registry.current is not None:
-                registry.versions[registry.current]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RegistryError(f"{path}: damaged ({error!r}); restore it from Git") from error
+        values = read_json(path, _REGISTRY, _WAY_OUT, RegistryError)
+        versions: dict[str, dict[str, Any]] = {
+            name: _Facts(f"{path}: {name}", facts) for name, facts in values["versions"].items()
+        }
+        registry = cls(path, values["current"], versions, values["history"])
+        named = [step[end] for step in registry.history for end in ("version", "from")]
+        if unknown := {registry.current, *named} - {None, *registry.versions}:
+            raise RegistryError(f"{path}: damaged (it holds no version {', '.join(map(str, unknown))}); {_WAY_OUT}")
+        if registry.history and registry.current != registry.history[-1]["version"]:
+            raise RegistryError(f"{path}: damaged (the last step did not lead to {registry.current}); {_WAY_OUT}")
         return registry
 
     def next_version(self) -> str:
@@ -111,4 +153,6 @@ def metrics_in_production(path: Path) -> dict[str, Any] | None:
     if registry.current is None:
         return None
     facts = registry.versions[registry.current]
+    if facts["row"] not in facts["metrics"]:
+        raise RegistryError(f"{path}: damaged ({registry.current} has no figures of {facts['row']}); {_WAY_OUT}")
     return {**facts["metrics"], "student": facts["metrics"][facts["row"]]}

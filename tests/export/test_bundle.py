@@ -14,12 +14,13 @@ from ddops import OneStepPipeline
 from ddops.cli import main
 from ddops.config.load import compose, write_params
 from ddops.config.models import HeadConfig
+from ddops.evaluation.gate import Decision, Verdict
 from ddops.export.bundle import Sources, write_bundle
 from ddops.export.errors import BundleError, ExportError
 from ddops.export.manifest import read_manifest, write_manifest
 from ddops.export.provenance import dvc_md5, judged, provenance
 from ddops.extras import MissingExtra
-from ddops.files import sha256_file
+from ddops.files import sha256_file, write_json
 from ddops.inference import backends
 from ddops.inference.seeds import to_pixels
 from ddops.models.ar_diffusion import ARDiffusionGenerator, new_ar_diffusion
@@ -322,13 +323,19 @@ def test_the_stages_export_what_the_gate_accepted_and_build_the_bundle(bundle, t
     gate, metrics = tmp_path / "reports/gate.json", tmp_path / "reports/metrics.json"
     metrics.write_text(json.dumps({"protocol": {"name": "digits"}, f"{student}_1step": {"fid": 7.5}}))
 
-    gate.write_text(json.dumps({"passed": False}))
+    sha256 = sha256_file(tmp_path / "artifacts" / f"{STUDENTS[student]}.safetensors")
+    missed = Verdict("near", f"{student}_1step.fid", 7.5, "at most 2", passed=False)
+    write_json(gate, Decision((), (missed,), sha256, None).plain())
     refused = run_stage_here(tmp_path, "export_onnx")
     assert refused.returncode != 0
     assert "the gate refused this model" in refused.stderr
     assert not (tmp_path / "artifacts/onnx").exists()
 
-    gate.write_text(json.dumps({"passed": True}))
+    write_json(gate, Decision((), (), "0" * 64, None).plain())
+    another = run_stage_here(tmp_path, "export_onnx")
+    assert another.returncode == 1
+    assert f"gate.json: judged {'0' * 12}, " in another.stderr, "a model that the gate did not judge is not exported"
+    write_json(gate, Decision((), (), sha256, None).plain())
     exported = run_stage_here(tmp_path, "export_onnx")
     assert exported.returncode == 0, exported.stderr
     facts = read_manifest(tmp_path / "artifacts/onnx").facts

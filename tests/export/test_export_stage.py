@@ -11,7 +11,7 @@ from ddops.captions.conditions import Conditions
 from ddops.config.load import compose, load_config, validate, write_params
 from ddops.data import digits
 from ddops.evaluation.drawing import Request, draw_batches, from_noise
-from ddops.evaluation.gate import comparable
+from ddops.evaluation.gate import Decision, comparable
 from ddops.evaluation.images import to_uint8
 from ddops.evaluation.judge import new_classifier, save_classifier
 from ddops.evaluation.protocols import open_protocol
@@ -47,7 +47,8 @@ def judged(few, bundle, tmp_path, monkeypatch):
         shutil.copy(bundle.parent / "bundle-weights" / f"{source}.safetensors", place)
     torch.manual_seed(0)
     save_classifier(paths.CLASSIFIER, new_classifier(config.features).eval(), config.features)
-    write_json(paths.GATE_DECISION, {"passed": True})
+    decision = Decision((), (), sha256_file(paths.DD1_STUDENT), None)
+    write_json(paths.GATE_DECISION, decision.plain())
     write_json(paths.METRICS, {"protocol": {"name": "digits"}, "dd1_1step": {"fid": 7.5}})
     graph = load_graph(paths.DD1_STUDENT, paths.TOKENIZER, config.dd1.start_positions[:1], config.dd1.logit_prefix)
     labels_N = open_protocol(config.evaluate).labels(3, Conditions(10))

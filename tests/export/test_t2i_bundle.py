@@ -30,7 +30,7 @@ from helpers.llamagen_helpers import SMALL_CAPTIONS, randomised
 from helpers.tiny import tiny
 from helpers.tiny_bundle import serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("t2i")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("t2i bundle")]
 
 DIGITS = DigitsPromptsConfig(source="digits")
 SETTINGS = EncodedCaptionsConfig(

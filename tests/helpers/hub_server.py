@@ -27,6 +27,10 @@ class Hub:
     """``HEAD`` or ``GET`` -> answers to give before the right one; the last is kept if it is a 4xx."""
     cut_after: list[int] = field(default_factory=list)
     """Bytes after which each of the next bodies breaks off."""
+    instead: list[bytes] = field(default_factory=list)
+    """Bodies that the next GETs get with a 200 instead of what they asked for, as of a login page."""
+    size_unknown: bool = False
+    """Bodies end when the connection does, and nothing says their size."""
     redirect: bool = False
     """Bodies lie under another path and host, as on the hub's own storage."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -85,17 +89,26 @@ class _Handler(BaseHTTPRequestHandler):
     def _facts(self, key: str, commit: str) -> dict[str, str]:
         content = self.hub.stated.get(key, self.hub.files[key])
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        return {"X-Repo-Commit": commit, "X-Linked-Etag": etag, "ETag": etag, "X-Linked-Size": str(len(content))}
+        size = {} if self.hub.size_unknown else {"X-Linked-Size": str(len(content))}
+        return {"X-Repo-Commit": commit, "X-Linked-Etag": etag, "ETag": etag, **size}
 
     def _body(self, key: str, commit: str | None) -> None:
         content = self.hub.files[key]
         first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if self.command == "GET" and self.hub.instead:
+            content, first, commit = self.hub.instead.pop(0), 0, None
+        if first >= len(content):
+            self._empty(416)
+            return
         self.send_response(206 if first else 200)
         for name, value in (self._facts(key, commit) if commit else {}).items():
             self.send_header(name, value)
         if first:
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - first))
+        if self.hub.size_unknown:
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(content) - first))
         self.end_headers()
         if self.command == "HEAD":
             return

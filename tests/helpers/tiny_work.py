@@ -27,6 +27,8 @@ def work(name, outputs, behaviour):
         start_stray()
     if behaviour.get("steps"):
         train(name, behaviour["steps"])
+    while behaviour.get("until") and not Path(behaviour["until"]).exists():
+        time.sleep(0.05)
     if behaviour.get("fill"):
         fill_the_disk()
     if behaviour.get("killed"):
@@ -80,8 +82,9 @@ def write(path, name, refused):
         path.write_text(json.dumps({"dd1_1step": {"fid": 7.5 + seed}, "teacher": {"fid": 4.0}}))
     elif path.name == "gate.json":
         rule = {"rule": "near the teacher", "quantity": "dd1_1step.fid", "value": 7.5, "bound": "at most 2"}
-        decision = {"outcome": "refused" if refused else "accepted", "override": None, "checks": []}
-        path.write_text(json.dumps({**decision, "rules": [{**rule, "passed": not refused}]}))
+        decision = {"passed": not refused, "outcome": "refused" if refused else "accepted", "override": None}
+        model = {"student_sha256": "5" * 64, "checks": []}
+        path.write_text(json.dumps({**decision, **model, "rules": [{**rule, "passed": not refused}]}))
     elif path.name == "grids":
         path.mkdir()
         (path / "dd1_1step.png").write_bytes(base64.b64decode(PNG))

@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save
 
 from ddops.config.evaluation import RemoteFile
-from ddops.hub import download
+from ddops.hub import transfer
+from ddops.hub.content import content_problem
 from ddops.hub.download import HubFile, fetch, local
 from ddops.hub.files import obtain_file
 from ddops.hub.records import DownloadError, HubRecords
 from helpers.hub_server import FIRST_COMMIT, OTHER_COMMIT, Hub, serve
 
-CONTENT = bytes(range(256)) * 4000
+
+def archive() -> bytes:
+    """A zip archive of about a megabyte, as PyTorch's files are."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as members:
+        members.writestr("model/data/0", bytes(range(256)) * 4000)
+    return file.getvalue()
+
+
+CONTENT = archive()
 NAME = "weights/model.pth"
 FILE = HubFile("owner/repo", "main", NAME)
+LOGIN = b"<!DOCTYPE html><title>Log in</title>"
 CHUNK = 100_000
 KEY = f"owner/repo/{NAME}"
 
@@ -187,7 +204,7 @@ def test_errors_that_pass_are_waited_out(place: Place, method: str, monkeypatch:
 def test_errors_that_do_not_pass_are_given_up(place: Place) -> None:
     place.hub.status["HEAD"] = [503] * 100
     assert "the hub answered 503" in refusal(place)
-    assert place.hub.count("HEAD") == len(download.BACKOFF_SECONDS) + 1
+    assert place.hub.count("HEAD") == len(transfer.BACKOFF_SECONDS) + 1
 
 
 def test_a_page_of_a_proxy_is_not_taken_for_a_hub(place: Place) -> None:
@@ -197,7 +214,7 @@ def test_a_page_of_a_proxy_is_not_taken_for_a_hub(place: Place) -> None:
 
 
 def test_an_html_page_instead_of_the_file_is_called_one(place: Place) -> None:
-    page = b"<!DOCTYPE html><title>Log in</title>"
+    page = LOGIN
     place.hub.stated[KEY] = CONTENT[: len(page)]
     place.hub.files[KEY] = page
     assert "HTML page" in refusal(place)
@@ -215,7 +232,7 @@ def test_a_disk_that_fills_up_meanwhile_is_named(place: Place, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(download, "http_get", full)
+    monkeypatch.setattr(transfer, "http_get", full)
     assert "the disk is full" in refusal(place)
 
 
@@ -228,9 +245,8 @@ def test_offline_the_cache_is_used_and_nothing_else(place: Place, monkeypatch: p
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert place.fetch().read_bytes() == CONTENT
     place.lock.unlink()
-    branch = place.cache / "models--owner--repo" / "refs" / "main"  # as other tools of the hub leave it
-    branch.parent.mkdir()
-    branch.write_text(FIRST_COMMIT)
+    branch = place.cache / "models--owner--repo" / "refs" / "main"
+    assert branch.read_text() == FIRST_COMMIT, "as other tools of the hub leave it"
     assert place.fetch().read_bytes() == CONTENT
     assert json.loads(place.lock.read_text())["owner/repo"]["commits"] == {"main": FIRST_COMMIT}
     assert len(place.hub.requests) == requests
@@ -326,7 +342,7 @@ def test_another_file_than_the_known_one_is_refused(anywhere: Place) -> None:
     anywhere.lock.write_text(json.dumps({directory: {"commits": {}, "files": {name: wrong}}}))
     with pytest.raises(DownloadError, match=r"expected 0{64}[\s\S]*set some\.key\.path=FILE"):
         obtain_file(remote(anywhere), "some.key", anywhere.lock)
-    assert not list((anywhere.cache.parent / "home").rglob("*.pth*"))
+    assert not [*(anywhere.cache.parent / "home").rglob("*.pth"), *anywhere.cache.parent.rglob("*-partial")]
 
 
 def test_hub_urls_go_through_the_hub_and_paths_ask_nobody(anywhere: Place, tmp_path: Path) -> None:
@@ -340,3 +356,212 @@ def test_hub_urls_go_through_the_hub_and_paths_ask_nobody(anywhere: Place, tmp_p
     with pytest.raises(DownloadError, match=r"holds no weights/model\.pth"):
         obtain_file(RemoteFile(url=on_the_hub.url, path=str(tmp_path / "gone")), "k", anywhere.lock)
     assert len(anywhere.hub.requests) == requests
+
+
+# What cannot be the file is not trusted
+
+
+IMPOSTORS = {
+    "page": LOGIN,
+    "page with a byte order mark": b"\xef\xbb\xbf\r\n<html><body>Log in",
+    "page in UTF-16": "<html>Log in</html>".encode("utf-16"),
+    "storage": b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code></Error>',
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "message": b'{"error": "Invalid username or password."}',
+    "plain text": b"upstream request timeout",
+    "nothing": b" " * 20,
+    "cut archive": CONTENT[:-30],
+    "shifted archive": CONTENT[100:],
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSTORS)
+def test_what_cannot_be_the_file_is_not_trusted_on_first_use(anywhere: Place, kind: str) -> None:
+    """A login page once, the file afterwards: nothing of the page is remembered."""
+    anywhere.hub.instead = [IMPOSTORS[kind]]
+    with pytest.raises(DownloadError, match=r"model\.pth: what was received is"):
+        obtain_file(remote(anywhere), "some.key", anywhere.lock)
+    assert not anywhere.lock.exists()
+    assert obtain_file(remote(anywhere), "some.key", anywhere.lock).path.read_bytes() == CONTENT
+
+
+def test_a_page_from_the_hub_is_not_trusted_either(place: Place) -> None:
+    place.hub.size_unknown = True
+    place.hub.instead = [LOGIN]
+    assert "HTML page" in refusal(place)
+    assert not place.lock.exists()
+    assert place.fetch().read_bytes() == CONTENT
+
+
+def of_type(kind: str) -> bytes:
+    """A small file of a type, whole."""
+    file = io.BytesIO()
+    if kind == "npy":
+        np.save(file, np.arange(100))
+    elif kind == "npz":
+        np.savez(file, a=np.arange(100))
+    elif kind == "legacy.pth":
+        torch.save({"a": torch.arange(100)}, file, _use_new_zipfile_serialization=False)
+    elif kind == "pth":
+        torch.save({"a": torch.arange(100)}, file)
+    elif kind == "safetensors":
+        file.write(save({"a": torch.arange(100)}))
+    elif kind == "gz":
+        file.write(gzip.compress(bytes(100)))
+    elif kind == "json":
+        file.write(json.dumps({"a": list(range(100))}).encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "pth", "legacy.pth", "safetensors", "gz", "json"])
+def test_whole_files_pass_and_cut_ones_do_not(kind: str, tmp_path: Path) -> None:
+    path, content = tmp_path / "file", of_type(kind)
+    path.write_bytes(content)
+    assert content_problem(path, f"some.{kind}") is None
+    cuts = range(1) if kind == "legacy.pth" else [1, len(content) // 2, len(content) - 1]
+    for length in cuts:
+        path.write_bytes(content[:length])
+        assert content_problem(path, f"some.{kind}"), length
+    path.write_bytes(LOGIN)
+    assert "HTML page" in str(content_problem(path, f"some.{kind}"))
+
+
+def test_plain_files_are_not_taken_for_messages(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for name, content in {
+        "vocab.txt": b"<unk>\n<s>\n",
+        "config.json": b'{"model_type": "t5"}',
+        "list.json": b"[]",
+    }.items():
+        path.write_bytes(content)
+        assert content_problem(path, name) is None
+
+
+def test_a_local_pointer_of_git_lfs_is_not_converted(tmp_path: Path) -> None:
+    """What a clone without Git LFS holds."""
+    (tmp_path / "model.pth").write_bytes(IMPOSTORS["pointer"])
+    with pytest.raises(DownloadError, match=r"model\.pth: is a Git LFS pointer"):
+        local(tmp_path, NAME, "owner/repo")
+
+
+def test_a_wrong_hash_in_the_lock_file_says_where_to_delete_it(place: Place) -> None:
+    wrong = {"size": None, "sha256": "0" * 64}
+    place.lock.write_text(json.dumps({"owner/repo": {"commits": {}, "files": {NAME: wrong}}}))
+    assert "delete the file's entry there" in refusal(place)
+
+
+# What an earlier run left
+
+
+def url_partial(place: Place, content: bytes) -> Path:
+    """Download from a URL, then as a kill before the last step leaves it, with ``content``."""
+    path = obtain_file(remote(place), "k", place.lock).path
+    path.unlink()
+    partial = path.with_name(f"{path.name}.ddops-partial")
+    partial.write_bytes(content)
+    return partial
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("size_unknown", [True, False])
+@pytest.mark.parametrize("left", ["all", "part", "another file", "part of another file"])
+def test_a_download_that_was_killed_is_finished_or_started_over(
+    anywhere: Place, known: bool, size_unknown: bool, left: str
+) -> None:
+    """Also killed between the last byte and the renaming, when a server answers 416 to whoever asks for the rest."""
+    other = CONTENT.replace(b"model", b"MODEL")
+    found = {"all": CONTENT, "part": CONTENT[:CHUNK], "another file": other, "part of another file": other[:CHUNK]}
+    partial = url_partial(anywhere, found[left])
+    if not known:
+        anywhere.lock.unlink()
+    anywhere.hub.size_unknown = size_unknown
+    gets = anywhere.hub.count("GET")
+    assert obtain_file(remote(anywhere), "k", anywhere.lock).path.read_bytes() == CONTENT
+    assert not partial.exists()
+    if known and left == "all":
+        assert anywhere.hub.count("GET") == gets, "it is there: nothing is asked"
+
+
+@pytest.mark.parametrize("left", ["all", "part", "rubbish", "more"])
+def test_so_it_is_in_the_hubs_cache(place: Place, left: str) -> None:
+    place.hub.size_unknown = True
+    blob = place.fetch().resolve()
+    shutil.rmtree(place.cache)
+    place.lock.unlink()
+    blob.parent.mkdir(parents=True)
+    found = {"all": CONTENT, "part": CONTENT[:CHUNK], "rubbish": bytes(len(CONTENT)), "more": CONTENT + b"x"}
+    blob.with_name(f"{blob.name}.ddops-partial").write_bytes(found[left])
+    assert place.fetch().read_bytes() == CONTENT
+    assert place.partials() == []
+
+
+# Caches that several share
+
+
+@pytest.fixture
+def shared(place: Place) -> Place:
+    """A cache that somebody else filled, and a workspace that knows nothing of it yet."""
+    place.fetch()
+    place.lock.unlink()
+    place.hub.requests.clear()
+    return place
+
+
+def test_a_shared_cache_is_used_offline(shared: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert shared.fetch().read_bytes() == CONTENT
+    assert json.loads(shared.lock.read_text())["owner/repo"]["commits"] == {"main": FIRST_COMMIT}
+    assert shared.hub.requests == []
+
+
+def test_a_cache_that_does_not_say_its_branches_is_used_where_there_is_no_choice(
+    shared: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository = shared.cache / "models--owner--repo"
+    shutil.rmtree(repository / "refs")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert shared.fetch().read_bytes() == CONTENT
+    assert FIRST_COMMIT in caplog.text
+    shared.lock.unlink()
+    shutil.copytree(repository / "snapshots" / FIRST_COMMIT, repository / "snapshots" / OTHER_COMMIT)
+    message = refusal(shared)
+    assert FIRST_COMMIT in message
+    assert OTHER_COMMIT in message
+
+
+def test_a_shared_cache_needs_no_room(shared: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    assert shared.fetch().read_bytes() == CONTENT
+    assert shared.hub.count("GET") == 0
+
+
+def test_nothing_is_written_into_a_shared_cache(shared: Place) -> None:
+    """It may be read-only, which the mode of files does not make it for root, as whom tests may run."""
+    before = {path: path.lstat().st_mtime_ns for path in shared.cache.rglob("*")}
+    assert shared.fetch().read_bytes() == CONTENT
+    assert {path: path.lstat().st_mtime_ns for path in shared.cache.rglob("*")} == before
+
+
+def test_a_cache_that_cannot_be_written_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    message = refusal(place)
+    assert str(place.cache) in message
+    assert "HF_HOME" in message
+
+
+def test_a_small_file_needs_little_room(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte is fetched with a hundred of them free."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000_000}))
+    assert place.fetch().read_bytes() == CONTENT
+
+
+def test_two_directories_of_urls_do_not_share_a_file(anywhere: Place) -> None:
+    other = CONTENT.replace(b"model", b"MODEL")
+    anywhere.hub.files["owner/repo/weights-a/x.pth"] = CONTENT
+    anywhere.hub.files["owner/repo/weights/a/x.pth"] = other
+    root = f"{anywhere.hub.url}/owner/repo/resolve/main"
+    assert obtain_file(RemoteFile(url=f"{root}/weights-a/x.pth"), "k", anywhere.lock).path.read_bytes() == CONTENT
+    assert obtain_file(RemoteFile(url=f"{root}/weights/a/x.pth"), "k", anywhere.lock).path.read_bytes() == other

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -35,7 +36,7 @@ from ddops.trajectories.dataset import TrajectoryDataset
 from ddops.trajectories.errors import DatasetError
 from ddops.trajectories.shards import read_manifest
 from helpers.hub_server import serve
-from helpers.published_world import MODELS, SCHEDULES, World, build, published_files, reference, saved
+from helpers.published_world import ARGUMENTS, MODELS, SCHEDULES, World, build, published_files, reference, saved
 from helpers.tiny import FAMILIES as FAMILY_OVERRIDES
 from helpers.tiny import PARAMS, untrained
 from helpers.var_helpers import TOLERANCE, golden
@@ -152,7 +153,7 @@ def test_the_stages_fetch_what_is_not_trained(world: World, family: str) -> None
         ("teacher.source", "train", "teacher.label_dropout: missing"),
         ("teacher.source", "downlaod", "no source named 'downlaod'; did you mean 'download'?"),
         ("teacher.download.repo", "nowhere", "teacher.download.repo: "),
-        ("teacher.download.transformer.layout", "modle", "teacher.download.transformer.layout: "),
+        ("teacher.download.transformer.layout", "model.", "teacher.download.transformer.layout: "),
         ("dd1.start_positions", [0, 9], "dd1.start_positions: 9 is past the end, the teacher has 4 levels"),
         ("features", {"name": "inceptoin"}, "features.name: no name named 'inceptoin'; did you mean 'inception'?"),
     ],
@@ -304,7 +305,7 @@ def test_a_zip_of_something_else_is_named(world: World) -> None:
 @pytest.mark.parametrize(
     ("value", "layout", "message"),
     [
-        ({"model": {}, "ema": {"a": torch.ones(1)}}, "module", "holds no entry 'module' .* found model, ema"),
+        ({"model": {}, "ema": {"a": torch.ones(1)}}, "module", "no entry 'module' .* found model, ema.* are at ema"),
         ({"model": {}}, "model", "leads to no state dict"),
         ({"trainer": {"ema_parameters": [1]}}, "trainer.ema_parameters", "leads to no state dict but to a list"),
         ({"model": {"a": torch.ones(1)}}, "flat", "no tensors at model; is the layout flat the right one"),
@@ -345,6 +346,50 @@ def test_every_tensor_is_accounted_for(world: World, family: str, kind: str, fau
     assert str(error.value).startswith("file.pth: the checkpoint ")
     assert key in str(error.value)
     assert not target.exists()
+
+
+WRAPPINGS = {
+    "data parallel": lambda key: f"module.{key}",
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "both": lambda key: f"module._orig_mod.{key}",
+    "a compiled part": lambda key: key.replace("1.", "1._orig_mod.", 1),
+    "sharded": lambda key: f"_fsdp_wrapped_module.{key}",
+    "inside another model": lambda key: f"var_wo_ddp.net.{key}",
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize(("family", "kind"), NAMES)
+def test_a_wrapped_modules_keys_are_recognised(world: World, family: str, kind: str, wrapping: str) -> None:
+    state = reference(NAMES[family, kind][0])
+    convert_published(written(saved(state)), "flat", MODELS[family], kind, Path("plain.safetensors"), {})
+    wrapped = {WRAPPINGS[wrapping](key): value for key, value in state.items()}
+    assert wrapped.keys() != state.keys()
+    if wrapping == "data parallel":
+        wrapped["n_averaged"] = torch.tensor(7)  # as AveragedModel has it
+    convert_published(written(saved(wrapped)), "flat", MODELS[family], kind, Path("wrapped.safetensors"), {})
+    assert Path("wrapped.safetensors").read_bytes() == Path("plain.safetensors").read_bytes()
+
+
+def test_keys_that_would_fall_together_are_not_guessed_at(world: World) -> None:
+    state = reference("llamagen_c2i_teacher")
+    twice = {**{f"module.{key}": value for key, value in state.items()}, **{f"m.{key}": state[key] for key in state}}
+    with pytest.raises(CheckpointError, match=r"unexpected m\."):
+        convert_published(written(saved(twice)), "flat", MODELS["llamagen"], TRANSFORMER, Path("ours"), {})
+
+
+def test_a_training_runs_checkpoint_is_read_where_its_weights_are(world: World) -> None:
+    """As VAR's trainer writes it: DDP's inner module, the optimiser, figures that are NumPy's scalars, a Namespace."""
+    trainer = {"var_wo_ddp": reference("var_teacher"), "config": {"best": np.float64(2.5), "step": np.int32(3)}}
+    path = written(
+        saved({"epoch": 3, "iter": np.int64(7), "args": ARGUMENTS, "name": np.str_("a"), "trainer": trainer})
+    )
+    assert read_published(path, "trainer.var_wo_ddp").keys() == reference("var_teacher").keys()
+    for layout in ("flat", "model", "trainer"):
+        with pytest.raises(CheckpointError, match=r"State dicts are at trainer\.var_wo_ddp"):
+            read_published(path, layout)
+    values = compose("params", ["preset=tiny_var", "teacher.download.transformer.layout=trainer.var_wo_ddp"])
+    assert validate(values, "tiny").teacher.download.transformer.layout == "trainer.var_wo_ddp"
 
 
 def test_tensors_that_share_a_storage_are_written(world: World) -> None:

@@ -459,7 +459,12 @@ def test_an_altered_shard_is_refused_by_name(copy, damage):
 
 def test_noise_of_another_version_is_refused(copy):
     """The ids would not be those of the noise that this version computes, and training would learn nonsense."""
-    change_manifest(copy, lambda manifest: manifest["settings"].update(noise_version="philox/0"))
+
+    def change(manifest):
+        manifest["settings"]["noise_version"] = "philox/0"
+        manifest["fingerprint"] = sha256_json(manifest["settings"])
+
+    change_manifest(copy, change)
     with pytest.raises(DatasetError, match=rf"philox/0, .* {NOISE_VERSION}"):
         TrajectoryDataset(copy, CODE_DIM)
 

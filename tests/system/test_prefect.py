@@ -288,8 +288,7 @@ def test_stages_of_two_workspaces_share_one_gpu(world, workspace, tmp_path):
     runs in the directory it was started in (docs/SCALING.md)."""
     use(workspace, ["teacher"])
     other = tiny_pipeline.make(tmp_path / "other", ["teacher"])
-    behave(workspace, teacher={"steps": 10})
-    behave(other, teacher={"steps": 10})
+    behave(workspace, teacher={"until": ".ddops/go"})
     deployment = world.deployment()
     keep = ("flow_id", "entrypoint", "pull_steps", "parameter_openapi_schema")
     # Not by Prefect's command line: it has the server ask for a list of pool types elsewhere.
@@ -297,7 +296,13 @@ def test_stages_of_two_workspaces_share_one_gpu(world, workspace, tmp_path):
     world.post("/deployments/", name="other", work_pool_name="ddops-other", **{key: deployment[key] for key in keep})
     worker = world.spawn("other", "-m", "ddops.flows.worker", "--pool", "ddops-other", workspace=other)
     try:
-        runs = [world.ask_for_run(seed=7), world.ask_for_run("other", seed=7)]
+        runs = [world.ask_for_run(seed=7)]
+        started(world, "teacher")
+        runs.append(world.ask_for_run("other", seed=7))
+        eventually(lambda: "[1/1] teacher" in world.logs(runs[1]), "the second run to come to its stage")
+        time.sleep(2)
+        assert ran(other) == []
+        (workspace / ".ddops" / "go").touch()
         assert [world.ended(run)[0] for run in runs] == ["COMPLETED"] * 2
     finally:
         os.killpg(worker.pid, signal.SIGKILL)

@@ -11,9 +11,10 @@ import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from ddops.flows import dvc, shards
+from ddops.flows import dvc, retrain, shards
+from ddops.flows.retrain import Job
 from ddops.stages import paths
-from helpers.pipeline_world import PATIENCE, environment, run
+from helpers.pipeline_world import PATIENCE, environment, run, stages_run
 from helpers.prefect_world import World, alive, eventually
 from helpers.tiny import contents
 
@@ -65,10 +66,17 @@ def test_a_killed_worker_costs_nothing_and_the_bytes_are_those_of_one_process(wo
     run(workspace, "ddops", "trajectories", "verify")
     run(workspace, "ddops", "trajectories", "generate", "--directory", "alone")
     assert contents(workspace / "alone") == contents(workspace / paths.TRAJECTORIES)
+    assert stages_run(run(workspace, "dvc", "repro", "trajectories")) == []
 
-    said = subprocess.run(command, cwd=workspace, env=env, capture_output=True, text=True, check=True).stdout
-    assert "0 stages ran (none), 3 were up to date" in said
-    assert "shards to make" not in said
+
+def test_what_is_up_to_date_is_not_mapped(monkeypatch, tmp_path):
+    monkeypatch.setenv(dvc.DASK, "local")
+    monkeypatch.setattr(shards, "map_shards", lambda *arguments: "mapped")
+    job = Job(tmp_path, lock=0, force=False, remote=None, promote=None, production=None, retry_seconds=1.0)
+    stage = dvc.Stage(shards.STAGE, ())
+    for done in (True, False):
+        monkeypatch.setattr(dvc, "is_up_to_date", lambda *arguments, done=done: done)
+        assert retrain._map_shards(stage, job) == (None if done else "mapped")
 
 
 @contextmanager

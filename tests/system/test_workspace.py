@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from ddops.cli import main
+from ddops.commands import migrate
 from ddops.workspace.files import PIPELINE, TEMPLATE, WorkspaceError, template_files, write_files
+from ddops.workspace.recipes import known_recipes
 from helpers.dvc_environment import dvc_environment
 from helpers.tiny import ROOT
 from helpers.wheel import PIP, build_wheel
@@ -115,19 +117,39 @@ def git(command, *arguments):
     )
 
 
-def test_a_workspace_of_an_earlier_ddops_is_brought_up_to_date(workspace, capsys):
-    recipes = yaml.safe_load((workspace / "recipes.yaml").read_text())
-    older = {**recipes, "distill_dd1": recipes["distill_dd1"] - 1}
-    (workspace / "recipes.yaml").write_text(yaml.safe_dump(older))
-    (workspace / "dvc.lock").write_text(yaml.safe_dump({"stages": {"teacher": {"deps": [{"path": "src/ddops/hub"}]}}}))
+def test_a_workspace_of_an_earlier_ddops_is_brought_up_to_date(workspace, capsys, monkeypatch):
+    known = dict(known_recipes())
+    monkeypatch.setattr(migrate, "known_recipes", lambda: {**known, "distill_dd1": known["distill_dd1"] + 1})
+    (workspace / "dvc.yaml").write_text("stages: {}\n")
     git("commit", "--all", "--message", "older")
     assert main(["migrate"]) == 0
     said = capsys.readouterr().out
-    assert f"distill_dd1 {older['distill_dd1']} -> {recipes['distill_dd1']}" in said
-    assert "dvc commit --force" in said
-    assert yaml.safe_load((workspace / "recipes.yaml").read_text()) == recipes
+    assert f"distill_dd1 {known['distill_dd1']} -> {known['distill_dd1'] + 1}" in said
+    assert (workspace / "dvc.yaml").read_bytes() == (TEMPLATE / "dvc.yaml").read_bytes()
     assert main(["migrate"]) == 0
     assert "nothing to migrate" in capsys.readouterr().out
+
+
+def test_what_was_made_before_there_were_recipes_can_be_kept(workspace, capsys):
+    """Whole outputs alone: DVC would refuse to commit a stage one of whose outputs is missing."""
+    old = {"deps": [{"path": "src/ddops/hub"}]}
+    (workspace / "dvc.lock").write_text(yaml.safe_dump({"stages": {"captions": old, "teacher": old}}))
+    (workspace / "recipes.yaml").unlink()
+    (workspace / "data/captions").mkdir(parents=True)
+    (workspace / "artifacts/teacher").mkdir(parents=True)
+    git("commit", "--all", "--message", "older")
+    assert main(["migrate"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("dvc commit --force captions")
+    assert main(["stale", "captions"]) == 0
+    assert "accepted" in capsys.readouterr().out
+
+
+def test_a_workspace_of_a_newer_ddops_is_left_alone(workspace, capsys):
+    newer = {**known_recipes(), "distill_dd1": 99}
+    (workspace / "recipes.yaml").write_text(yaml.safe_dump(newer))
+    assert main(["migrate"]) == 1
+    assert "distill_dd1 is 99" in capsys.readouterr().err
+    assert yaml.safe_load((workspace / "recipes.yaml").read_text()) == newer
 
 
 def test_what_is_not_committed_is_not_replaced(workspace, capsys):

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "git": set(),
     "lock": set(),
     "production": {"files"},
+    "reports": {"files"},
     "torchvision_compat": set(),
     "class_names": {"torchvision_compat"},
     "data": set(),
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "workspace": {"config", "files"},
     "flow": {"config"},
     "models": {"config", "files", "flow"},
-    "hub": {"config", "files", "models"},
+    "hub": {"config", "files", "lock", "models"},
     "captions": {"workspace", "config", "extras", "files", "data", "models", "torchvision_compat"},
     "sampling": {"config", "models", "flow"},
     "losses": {"config", "models", "torchvision_compat"},
@@ -38,21 +39,21 @@ MAY_IMPORT = {
     "costs": {"config", "models", "flow", "sampling", "losses", "training", "trajectories", "pretrain", "distill"},
     "evaluation": {
         *("config", "files", "git", "data", "models", "captions", "flow", "sampling", "trajectories"),
-        *("workspace", "torchvision_compat"),
+        *("workspace", "reports", "torchvision_compat"),
     },
-    "export": {"class_names", "config", "extras", "files", "git", "models", "captions", "sampling"},
+    "export": {"class_names", "config", "extras", "files", "reports", "git", "models", "captions", "sampling"},
     "inference": {"class_names", "config", "extras", "files", "models", "captions", "sampling", "export"},
     "serving": {"class_names", "config", "files", "production", "export", "inference"},
     "stages": {
         *("config", "files", "data", "models", "hub", "captions", "sampling", "losses", "training", "trajectories"),
-        *("workspace", "extras", "production", "pretrain", "distill", "evaluation", "export"),
+        *("workspace", "extras", "production", "reports", "pretrain", "distill", "evaluation", "export"),
     },
     "commands": {
         *("class_names", "config", "extras", "files", "models", "hub", "captions", "sampling", "losses"),
         *("trajectories", "workspace", "lock", "production", "costs", "evaluation", "export", "inference", "serving"),
-        "stages",
+        *("reports", "stages"),
     },
-    "flows": {"config", "extras", "git", "lock", "evaluation", "stages"},
+    "flows": {"config", "extras", "files", "git", "lock", "production", "reports", "evaluation", "stages"},
     "cli": {
         *(
             "workspace",
@@ -61,6 +62,7 @@ MAY_IMPORT = {
             "lock",
             "models",
             "production",
+            "reports",
             "evaluation",
             "export",
             "commands",
@@ -72,7 +74,7 @@ MAY_IMPORT = {
 
 ONLY_HERE = {
     "dvclive": {"training/curves.py"},
-    "hydra": {"config/load.py"},
+    "hydra": {"config/load.py", "config/overrides.py"},
     "torch_fidelity": {"evaluation/fidelity.py", "evaluation/inception.py"},
     "lpips": {"losses/perceptual.py"},
     "torchvision": {"class_names.py"},

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_an_unknown_choice_of_a_group_lists_the_known_ones(group, wrong, right):
 
 @pytest.mark.parametrize("override", ["=3", "preset", "dd1.start_positions=[0,", "~dd1.nothing"])
 def test_an_override_that_makes_no_sense_is_an_explained_error(override):
-    with pytest.raises(ConfigError, match="params"):
+    with pytest.raises(ConfigError, match=r"params|not an override"):
         compose(PARAMS, [override])
 
 
@@ -257,8 +258,8 @@ def test_a_missing_file_says_how_to_write_it(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"a: [1, 2", b"\xff\xfe\x00\x01 not text", b"a: 1\na: 2\n", b"a: ${nowhere}"],
-    ids=["cut short", "binary", "a key twice", "interpolation to nowhere"],
+    [b"a: [1, 2", b"\xff\xfe\x00\x01 not text", b"a: 1\na: 2\n"],
+    ids=["cut short", "binary", "a key twice"],
 )
 def test_a_file_that_is_not_yaml_is_named(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
@@ -315,3 +316,81 @@ def test_prompts_of_ones_own_in_place_of_the_digits_are_added_with_two_pluses():
         compose(PARAMS, ["preset=digits_t2i", *both])
     composed = compose(PARAMS, ["preset=digits_t2i", *(f"++{override}" for override in both)])
     assert composed["captions"]["sets"]["evaluate"]["path"] == "p.csv"
+
+
+# What overrides may hold
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("~/w", "/data/权重/模型.pth", "/data/my weights (new) [1]", "/data/lr=0.1,steps=2", "it's", "a\\'b\\"),
+        *("C:\\weights", "/a#b", "range(1,2)", "@home", '"quoted"', "/a;b&c|d", "{a", "*.pth", "true/false"),
+    ],
+)
+def test_any_path_can_be_written_as_it_is(path):
+    values = compose(PARAMS, ["preset=digits_var", "teacher=var_d16", f"teacher.download.path={path}"])
+    assert values["teacher"]["download"]["path"] == path.removeprefix('"').removesuffix('"')
+
+
+def test_what_is_no_override_shows_the_form_of_one():
+    with pytest.raises(ConfigError, match=r"se~ed=3: not an override; .* se~ed='3'"):
+        compose(PARAMS, ["preset=digits", "se~ed=3"])
+    with pytest.raises(ConfigError, match=r"nothing: not an override; .* nothing=VALUE"):
+        compose(PARAMS, ["preset=digits", "nothing"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=${oc.env:DDOPS_TEST_TOKEN}", "seed='${oc.env:DDOPS_TEST_TOKEN}'", r"seed=$\{oc.env:DDOPS_TEST_TOKEN\}"),
+        *("++export.license=[{a: '${oc.env:DDOPS_TEST_TOKEN}'}]", "++export={'${oc.env:DDOPS_TEST_TOKEN}': 1}"),
+        *(r"export.license='\${oc.env:DDOPS_TEST_TOKEN}'", "export.license=~${oc.env:DDOPS_TEST_TOKEN}"),
+        *("preset=${oc.env:DDOPS_TEST_TOKEN}", "seed=${hydra:runtime.cwd}", "seed=${dd1.seed}"),
+        "export.license=str('${oc.env:DDOPS_TEST_TOKEN}')",
+        *(
+            "hydra.searchpath=[file:///etc]",
+            "+hydra.searchpath=[pkg://os]",
+            "++hydra.run.dir=x",
+            "~hydra",
+            "hydra/job=x",
+        ),
+        *("+preset@hydra.searchpath=digits", "hydra={}", "+x@hydra=y"),
+        *(
+            "preset=../../secret",
+            "+preset@dd1=../../secret",
+            "teacher=[digits,../../secret]",
+            "+dd1/base=../../../secret",
+        ),
+    ],
+)
+def test_nothing_is_read_from_outside(override, monkeypatch, tmp_path):
+    """Whoever may start a run must not learn the environment of the machine it runs on, or other files' contents."""
+    monkeypatch.setenv("DDOPS_TEST_TOKEN", "hf_secret")
+    params = tmp_path / "w" / "params"
+    shutil.copytree(PARAMS, params)
+    (tmp_path / "secret.yaml").write_text("token: hf_secret\n")
+    (tmp_path / "w" / "secret.yaml").write_text("token: hf_secret\n")
+    with pytest.raises(ConfigError) as error:
+        compose(params, ["preset=digits", override])
+    assert "hf_secret" not in str(error.value)
+
+
+def test_nothing_is_put_into_a_written_file(tmp_path, composed, monkeypatch):
+    """Such as by a reason for an override of the gate."""
+    monkeypatch.setenv("DDOPS_TEST_TOKEN", "hf_secret")
+    with pytest.raises(ConfigError, match=r"here\.yaml: export\.license: holds"):
+        validate(spoilt(composed, "export.license", "${oc.env:DDOPS_TEST_TOKEN}"), "here.yaml")
+    write_params(spoilt(composed, "export.license", "${oc.env:DDOPS_TEST_TOKEN}"), tmp_path / "params.yaml")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "params.yaml")
+    assert "hf_secret" not in str(error.value)
+
+
+def test_presets_that_differ_in_case_alone_are_named(tmp_path):
+    """On a disk that does not tell them apart the second would be read in place of the first."""
+    shutil.copytree(PARAMS, tmp_path / "params")
+    (tmp_path / "params" / "preset").mkdir(exist_ok=True)
+    (tmp_path / "params" / "preset" / "Digits.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match=r"Digits\.yaml: differs from .*digits\.yaml in case alone"):
+        compose(tmp_path / "params", ["preset=digits"])

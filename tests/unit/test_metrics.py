@@ -240,6 +240,21 @@ def test_published_statistics_are_read_under_either_names(tmp_path, keys, suffix
     assert np.array_equal(found.covariance_FF, STATISTICS["s"])
 
 
+SCALARS = [np.float64(3.5), np.float32(1), np.int64(7), np.int32(7), np.uint8(1), np.bool_(True), np.str_("fid")]
+
+
+@pytest.mark.parametrize("beside", SCALARS, ids=lambda value: type(value).__name__)
+def test_a_numpy_scalar_beside_the_statistics_is_harmless(tmp_path, beside):
+    torch.save({**STATISTICS, "extra": beside, "nested": [{"of": beside}]}, tmp_path / "statistics.pth")
+    assert np.array_equal(read_statistics(tmp_path / "statistics.pth").mean_F, STATISTICS["m"])
+
+
+def test_tensors_of_any_kind_are_numbers(tmp_path):
+    values = {key: torch.from_numpy(value).bfloat16().requires_grad_() for key, value in STATISTICS.items()}
+    torch.save(values, tmp_path / "statistics.pth")
+    assert np.array_equal(read_statistics(tmp_path / "statistics.pth").mean_F, STATISTICS["m"])
+
+
 class RunsCode:
     def __reduce__(self):
         import os
@@ -253,6 +268,7 @@ class RunsCode:
         ({"m": STATISTICS["m"]}, "holds m; expected mu and sigma, or m and s"),
         ({"m": STATISTICS["m"], "s": np.eye(2)}, r"m is \(3,\) and s \(2, 2\)"),
         ({"m": STATISTICS["m"], "s": np.triu(np.ones((3, 3)))}, "s is not symmetric"),
+        ({"m": "3", "s": [["a"]]}, "m and s are not arrays of numbers"),
         ({"m": RunsCode()}, "asks to run code, which is refused"),
     ],
 )
@@ -262,6 +278,14 @@ def test_other_files_are_refused_by_name(tmp_path, monkeypatch, values, message)
     with pytest.raises(MetricError, match=rf"statistics\.pth: .*{message}"):
         read_statistics(tmp_path / "statistics.pth")
     assert not (tmp_path / "the code ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"PK\x03\x04", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("suffix", ["npz", "pth"])
+def test_what_is_no_file_of_statistics_is_named(tmp_path, suffix, content):
+    (tmp_path / f"statistics.{suffix}").write_bytes(content)
+    with pytest.raises(MetricError, match=rf"statistics\.{suffix}"):
+        read_statistics(tmp_path / f"statistics.{suffix}")
 
 
 def test_what_is_no_file_of_arrays_is_named(tmp_path):

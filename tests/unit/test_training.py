@@ -1,9 +1,11 @@
 """The training loop: a run that was killed and resumed ends with the bytes of one that was not, and its schedules."""
 
+import errno
 import itertools
 import logging
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -109,7 +111,65 @@ def test_a_truncated_checkpoint_starts_anew_and_says_so(tmp_path, uninterrupted,
 @pytest.mark.parametrize("content", [[1, 2], {"step": 3}], ids=["a list", "no fingerprint"])
 def test_a_torch_file_that_is_not_a_checkpoint_is_not_resumed(tmp_path, content):
     torch.save(content, tmp_path / "state.pt")
-    assert CheckpointFile(tmp_path / "state.pt", "this run").load() is None
+    assert CheckpointFile(tmp_path / "state.pt", "this run").load(["step"], range(9)) is None
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """The checkpoint of a run that was killed at step 9."""
+    with pytest.raises(Killed):
+        run(tmp_path, dying_at(9))
+    return tmp_path / "state.pt"
+
+
+def test_a_checkpoint_with_a_byte_flipped_anywhere_starts_anew(tmp_path, uninterrupted, killed, caplog):
+    """Inside the tensors nothing else would notice it: another student would come out of it."""
+    whole = killed.read_bytes()
+    for place in random.Random(0).sample(range(len(whole)), 200):
+        killed.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        caplog.clear()
+        assert CheckpointFile(killed, "this run").load(["step"], range(25)) is None
+        assert f"{killed} is damaged" in caplog.text
+    assert run(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model": None}, "it lacks model"),
+        ({"step": None}, "it lacks step"),
+        *(({"step": step}, "its step is") for step in (10**9, 25, -1, 2.0, "4")),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_of_this_run_starts_anew(tmp_path, uninterrupted, killed, change, reason, caplog):
+    """Whoever sealed it: a step past the end would end the run untrained."""
+    checkpoint = CheckpointFile(killed, "this run")
+    state = {**torch.load(killed, weights_only=True), **change}
+    state.pop("fingerprint")
+    checkpoint.save({key: value for key, value in state.items() if value is not None})
+    assert run(tmp_path) == uninterrupted
+    assert f"is damaged ({reason}" in caplog.text
+
+
+def test_a_checkpoint_without_a_seal_starts_anew(tmp_path, uninterrupted, killed, caplog):
+    torch.save(torch.load(killed, weights_only=True), killed)
+    assert run(tmp_path) == uninterrupted
+    assert "is damaged (its contents are not those that were sealed)" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_disk_that_is_full_is_named_and_nothing_half_written_is_left(tmp_path, size, monkeypatch):
+    """/dev/full answers to every byte what a full disk does."""
+    checkpoint = CheckpointFile(tmp_path / "state.pt", "this run")
+    checkpoint.save({"step": 1})
+    before = (tmp_path / "state.pt").read_bytes()
+    monkeypatch.setattr(CheckpointFile, "_remove_halves", lambda self: None)
+    (tmp_path / f".state.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        checkpoint.save({"step": 2, "weights": torch.ones(size)})
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename == str(tmp_path / "state.pt")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"state.pt": before}
 
 
 class Malicious:
@@ -124,7 +184,7 @@ class Malicious:
 
 def test_a_checkpoint_never_runs_code(tmp_path, caplog):
     torch.save({"fingerprint": "this run", "model": Malicious(tmp_path / "proof")}, tmp_path / "state.pt")
-    assert CheckpointFile(tmp_path / "state.pt", "this run").load() is None
+    assert CheckpointFile(tmp_path / "state.pt", "this run").load(["step"], range(9)) is None
     assert "starting this stage anew" in caplog.text
     assert not (tmp_path / "proof").exists()
     torch.load(tmp_path / "state.pt", weights_only=False)
@@ -136,7 +196,7 @@ def test_writing_a_checkpoint_that_fails_keeps_the_one_before(tmp_path):
     checkpoint.save({"step": 1})
     with pytest.raises((AttributeError, TypeError)):
         checkpoint.save({"step": lambda: None})
-    assert checkpoint.load() == {"step": 1}
+    assert checkpoint.load(["step"], range(9)) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
 
 
@@ -150,7 +210,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(tmp_p
 
     with pytest.raises(TrainingDiverged, match=r"toy: .* step 8.* learning_rate"):
         run(tmp_path, diverging)
-    state = CheckpointFile(tmp_path / "state.pt", "this run").load()
+    state = CheckpointFile(tmp_path / "state.pt", "this run").load(["step"], range(1000))
     assert state is not None
     assert state["step"] == 4
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -184,7 +244,7 @@ def test_the_result_is_the_moving_average_of_the_weights(tmp_path):
         return objective(model, indices_B, step)
 
     run(tmp_path, spying)
-    state = CheckpointFile(tmp_path / "state.pt", "this run").load()
+    state = CheckpointFile(tmp_path / "state.pt", "this run").load(["step"], range(1000))
     weights = [*seen[1:], {name: value.double() for name, value in state["model"].items()}]
     for name, expected in seen[0].items():
         for k, current in enumerate(weights):

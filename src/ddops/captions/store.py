@@ -11,21 +11,53 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from ddops.captions.errors import CaptionError
-from ddops.files import atomic_path, sha256_file, write_json, write_text
+from ddops.files import atomic_path, read_json, sha256_file, sha256_json, write_json, write_text
 from ddops.models.conditions import Captions, pad_left
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST: Final = "manifest.json"
 PROMPTS: Final = "prompts.txt"
 _HEADER: Final = "ddops.captions"
+_WAY_OUT: Final = "delete it and run the stage captions"
+
+
+class _Version(TypedDict):
+    format_version: int
+
+
+class _Entry(TypedDict):
+    name: Annotated[str, Field(pattern=r"^shard-[0-9]+\.safetensors$")]
+    first: int
+    sha256: str
+
+
+class _Settings(TypedDict):
+    length: int
+
+
+class _Manifest(TypedDict):
+    settings: _Settings
+    count: int
+    width: int
+    prompts_sha256: str
+    classes: list[int] | None
+    of_images: list[int] | None
+    shards: list[_Entry]
+    seal: str
+
+
+_MANIFEST: Final[TypeAdapter[Any]] = TypeAdapter(_Manifest)
+_VERSION: Final[TypeAdapter[Any]] = TypeAdapter(_Version)
 
 
 class CaptionSet:
@@ -108,7 +140,7 @@ def is_shard(path: Path, fingerprint: str, first: int, count: int) -> bool:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[_HEADER])
             features_NW, lengths_N = file.get_tensor("features"), file.get_tensor("lengths")
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError):
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError):
         return False
     return len(lengths_N) == count and header == _header(fingerprint, first, features_NW, lengths_N)
 
@@ -142,7 +174,7 @@ def write_manifest(
             {"name": name, "first": first, "sha256": sha256_file(directory / name)} for name, first in firsts.items()
         ],
     }
-    write_json(directory / MANIFEST, manifest)
+    write_json(directory / MANIFEST, {**manifest, "seal": sha256_json(manifest)})
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -153,14 +185,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise CaptionError(f"{path}: format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
-        return manifest
+        version = read_json(path, _VERSION, _WAY_OUT, CaptionError)["format_version"]
+        if version != FORMAT_VERSION:
+            raise CaptionError(f"{path}: format {version}, this version reads {FORMAT_VERSION}; {_WAY_OUT}")
+        manifest: dict[str, Any] = read_json(path, _MANIFEST, _WAY_OUT, CaptionError)
     except FileNotFoundError:
         raise CaptionError(f"{path}: no such prompt set, or not finished; run the stage captions") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CaptionError(f"{path}: damaged ({error!r}); delete it and run the stage captions") from error
+    if manifest.pop("seal") != sha256_json(manifest):
+        raise CaptionError(f"{path}: damaged (its contents are not those that were sealed); {_WAY_OUT}")
+    return manifest
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ddops.commands.arguments import CommandError
@@ -11,6 +10,7 @@ from ddops.config.stages import Config
 from ddops.evaluation.gate import comparable, decide
 from ddops.export.manifest import STUDENT_FILE, TOKENIZER_FILE, Manifest, model_digests, read_manifest, verify_files
 from ddops.files import sha256_file
+from ddops.reports import read_decision, read_export, read_metrics
 from ddops.stages import paths
 from ddops.stages.common import ModelRefusedError, StageError, drawing_of
 
@@ -30,10 +30,10 @@ def fresh_decision(config: Config) -> dict[str, Any]:
         decided = decide_now(config.gate, config.evaluate, config.export, drawing_of(config))
     except StageError as error:
         raise CommandError(str(error)) from error
-    recorded = json.loads(paths.GATE_DECISION.read_text())
+    recorded = read_decision(paths.GATE_DECISION)
     if not decided.passed:
         raise ModelRefusedError("the gate refuses this model\n  " + "\n  ".join(decided.failed()))
-    if recorded.get("student_sha256") != decided.student_sha256 or not recorded.get("passed"):
+    if recorded["student_sha256"] != decided.student_sha256 or not recorded["passed"]:
         raise CommandError(f"{paths.GATE_DECISION}: is of another model or refused it; run dvc repro gate")
     return decided.plain()
 
@@ -54,7 +54,7 @@ def exported_files(config: Config) -> dict[str, str]:
         raise CommandError(
             f"{paths.ONNX_BUNDLE}: is not of this configuration and these files; run dvc repro\n  {said}"
         )
-    if not paths.EXPORT_METRICS.exists() or json.loads(paths.EXPORT_METRICS.read_text()).get("sha256") != graph:
+    if not paths.EXPORT_METRICS.exists() or read_export(paths.EXPORT_METRICS)["sha256"] != graph:
         raise CommandError(f"{paths.EXPORT_METRICS}: missing, or of another graph than the bundle's; run dvc repro")
     if paths.MODEL_CARD.exists():
         card = paths.MODEL_CARD.read_text(encoding="utf-8")
@@ -107,14 +107,14 @@ def judge_export(config: Config) -> dict[str, Any]:
     from ddops.stages.export_onnx import judge_exported
 
     judged = judge_exported(config.evaluate, config.export)
-    metrics: dict[str, Any] = json.loads(paths.METRICS.read_text())
+    metrics = read_metrics(paths.METRICS)
     if different := comparable(metrics["protocol"], judged["protocol"]):
         raise CommandError(
             f"{paths.METRICS}: the model was judged by another protocol than its graph is now: {', '.join(different)}; "
             "run dvc repro"
         )
     exported, pytorch = judged["exported"], judged["pytorch"] or metrics[config.export.row]
-    report = json.loads(paths.EXPORT_METRICS.read_text())
+    report = read_export(paths.EXPORT_METRICS)
     known = {**metrics, "export": report, "exported": exported, "pytorch": pytorch}
     verdicts = decide(known, config.gate.export_rules, row=config.export.row)
     if failed := [verdict.sentence() for verdict in verdicts if not verdict.passed]:

@@ -1,4 +1,4 @@
-"""``ddops init`` and ``ddops migrate``: a workspace is made, and brought up to date with this ddops."""
+"""``ddops init``: a workspace is made."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from ddops.commands.repository import dvc, git
 from ddops.config.load import WORKSPACE_PARAMS, compose, write_params
 from ddops.extras import require
 from ddops.stages import paths
-from ddops.workspace.files import outdated, replace_pipeline, write_files
-
-LOCK = Path("dvc.lock")
-OLD_DEPENDENCY = "src/"
-"""Before there were recipes, stages depended on source files."""
+from ddops.workspace.files import write_files
 
 
 def register(commands: Subparsers) -> None:
@@ -33,13 +29,6 @@ def register(commands: Subparsers) -> None:
     making.add_argument("directory", type=Path, metavar="DIR")
     making.add_argument("--preset", default="digits", help="ddops presets lists them; default: digits")
     making.set_defaults(run=run_init)
-    migrating = commands.add_parser(
-        "migrate",
-        help="bring a workspace up to date with this ddops",
-        description="Write the pipeline's files (dvc.yaml, recipes.yaml, stage.sh, params/config.yaml) as this ddops "
-        "has them, and say which stages will run again. Outputs, parameters and your own presets stay.",
-    )
-    migrating.set_defaults(run=run_migrate)
 
 
 def run_init(arguments: argparse.Namespace) -> None:
@@ -69,51 +58,6 @@ def run_init(arguments: argparse.Namespace) -> None:
     print(f"{directory}: a workspace of preset {arguments.preset}. Next: cd {directory} && dvc repro")
     if not committed:
         print("Commit it first: git add --all && git commit (dvc exp run needs a commit)")
-
-
-def run_migrate(arguments: argparse.Namespace) -> None:
-    """Replace what is not as this ddops writes it.
-
-    Raises:
-        CommandError: this is no workspace, or a file to be replaced is not committed.
-        RecipeError: the workspace is of a newer ddops.
-    """
-    if not Path("dvc.yaml").is_file():
-        raise CommandError("no dvc.yaml here: migrate a workspace from inside it; ddops init DIR makes a new one")
-    before = _recipes()
-    changed = outdated(Path())
-    if not changed:
-        print("the pipeline's files are those of this ddops: nothing to migrate")
-    else:
-        present = [str(name) for name in changed if name.exists()]
-        if present and (dirty := git("status", "--porcelain", "--", *present)):
-            raise CommandError(
-                f"these would be replaced and are not committed:\n{dirty}\ncommit them, or put them away"
-            )
-        replace_pipeline(Path())
-        print(f"written: {', '.join(map(str, changed))}; git diff shows what changed")
-    raised = [f"{stage} {before[stage]} -> {now}" for stage, now in _recipes().items() if before.get(stage, now) != now]
-    if raised:
-        print(f"recipes: {', '.join(raised)}: dvc repro makes these stages and what follows from them anew")
-    if _is_old(LOCK):
-        print(
-            f"{LOCK} is of before there were recipes. dvc repro would make everything anew. To keep what is here as "
-            "made by the recipes of now, if no code that computes changed since: dvc commit --force"
-        )
-
-
-def _recipes() -> dict[str, int]:
-    """The workspace's, as far as it has any; raises RecipeError where they are of a newer ddops."""
-    path = Path("recipes.yaml")
-    return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
-
-
-def _is_old(lock: Path) -> bool:
-    if not lock.is_file():
-        return False
-    stages = (yaml.safe_load(lock.read_text()) or {}).get("stages", {})
-    dependencies = [entry["path"] for stage in stages.values() for entry in stage.get("deps", [])]
-    return any(path.startswith(OLD_DEPENDENCY) for path in dependencies)
 
 
 def _is_preset(directory: Path, values: dict[str, object]) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 import yaml
 
 from ddops.commands.arguments import CommandError, Subparsers
 from ddops.commands.repository import user
 from ddops.config.load import load_config, validate, write_params
+from ddops.reports import read_decision
 from ddops.stages import paths
 
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     load_config(paths.PARAMS)
     if not paths.GATE_DECISION.exists():
         raise CommandError(f"{paths.GATE_DECISION}: missing; there is no refusal to override")
-    decision = json.loads(paths.GATE_DECISION.read_text())
+    decision = read_decision(paths.GATE_DECISION)
     if decision["outcome"] != "refused":
         raise CommandError(f"{paths.GATE_DECISION}: this model is {decision['outcome']}; there is nothing to override")
     if not all(check["passed"] for check in decision["checks"]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from ddops.config.load import load_config
 from ddops.files import sha256_file, sha256_json
 from ddops.lock import held
 from ddops.production import Registry
+from ddops.reports import read_metrics
 from ddops.stages import paths
 from ddops.workspace.recipes import require_recipes
 
@@ -129,7 +129,7 @@ def _promote(arguments: argparse.Namespace, by: str) -> None:
         "exported": exported,
         "code": stale_summary(EXPORTING),
         "row": config.export.row,
-        "metrics": json.loads(paths.METRICS.read_text()),
+        "metrics": read_metrics(paths.METRICS),
     }
     registry.promote(version, facts, by=by, reason=arguments.reason)
     _record(registry)

@@ -68,6 +68,8 @@ def _lines(stage: str) -> list[str]:
     recipe = f"recipe {recorded['recipe']}"
     if recorded["recipe"] != now["recipe"]:
         recipe += f", now {now['recipe']}: it runs again"
+    if not recorded["files"]:
+        return [f"{stage}: {recipe}; made before there were notes, and accepted"]
     changed = changes(recorded, now)
     if not changed:
         return [f"{stage}: {recipe}; nothing changed"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -12,12 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import TypeAdapter
+
 from ddops.commands.arguments import CommandError, Subparsers
 from ddops.config.load import load_config, validate
 from ddops.config.stages import Config
 from ddops.evaluation.papers import FIDS, SPEEDUPS, all_rows, ordering, paper_figure
 from ddops.evaluation.provenance import provenance
-from ddops.files import write_json, write_text
+from ddops.files import read_json, write_json, write_text
+from ddops.reports import read_metrics
 from ddops.stages import paths
 from ddops.stages.common import drawing_of
 
@@ -193,10 +195,7 @@ def _begun(output: Path, known: Mapping[str, Any]) -> dict[str, Any] | None:
     """What an earlier run left, of the same models and protocol; figures of others do not go on here."""
     if not output.exists():
         return None
-    try:
-        found: dict[str, Any] = json.loads(output.read_text())
-    except ValueError as error:
-        raise CommandError(f"{output}: damaged ({error}); remove it, or name another --output") from None
+    found = read_json(output, TypeAdapter(dict[str, Any]), "remove it, or name another --output", CommandError)
     if other := [name for name, value in known.items() if found.get(name) != value]:
         print(f"{output}: is of other {', '.join(other)}: begun anew", file=sys.stderr)
         return None
@@ -207,7 +206,7 @@ def _judged_by_the_pipeline(known: Mapping[str, Any]) -> dict[str, Any]:
     """Rows that the stage ``evaluate`` judged: those of the same models by the same protocol."""
     if not paths.METRICS.exists():
         return {}
-    metrics = json.loads(paths.METRICS.read_text())
+    metrics = read_metrics(paths.METRICS)
     protocol, models = metrics.pop("protocol", None), metrics.pop("models", {})
     same = protocol == known["protocol"] and models.items() <= known["models"].items()
     return metrics if same else {}

@@ -22,6 +22,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message names the file, the key and what would be valid."""
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only dataclass that refuses unknown keys, wrong types, NaN and infinity."""

@@ -11,23 +11,24 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from ddops.config.base import ConfigError as ConfigError
+from ddops.config.overrides import interpolated, plain_override
 from ddops.config.stages import Config
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 PARAMS: Final = Path(__file__).parents[1] / "params"
 """The groups that ddops brings."""
 WORKSPACE_PARAMS: Final = Path(__file__).parents[1] / "workspace" / "template" / "params"
 """What a workspace starts with: those groups, and none of its own."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message names the file, the key and what would be valid."""
 
 
 def load_config(path: Path | str = "params.yaml") -> Config:
@@ -41,7 +42,8 @@ def load_config(path: Path | str = "params.yaml") -> Config:
 
     path = Path(path)
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        # Nothing is put into it: DVC reads it as it stands, and whoever wrote it may have come from outside.
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Write it with: ddops compose preset=digits") from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
@@ -57,6 +59,8 @@ def validate(values: Mapping[str, Any], source: str) -> Config:
     Raises:
         ConfigError: with every problem found, one a line.
     """
+    if found := list(interpolated(values)):
+        raise ConfigError("\n".join(f"{source}: {key}: holds ${{...}}; write the value itself" for key in found))
     try:
         # Through JSON, because pydantic's strict mode then takes a list for a tuple but still no "3" for a 3.
         return TypeAdapter(Config).validate_json(json.dumps(values))
@@ -75,22 +79,34 @@ def compose(params_dir: Path | str, overrides: Sequence[str] = ()) -> dict[str, 
         ConfigError: no such preset, group option or key; or the result is not a valid configuration.
     """
     directory = _primary(Path(params_dir))
-    for override in overrides:
+    parsed = [plain_override(override) for override in overrides]
+    for override in parsed:
         _check_group_choice(directory, override)
-    source = " ".join([str(params_dir), *overrides])
+    source = " ".join([str(params_dir), *(str(override.input_line) for override in parsed)])
     try:
-        values = _hydra_values(directory, overrides)
+        values = _hydra_values(directory, [str(override.input_line) for override in parsed])
     except ValueError as error:
-        _explain_unknown_keys(directory, overrides, source)
+        _explain_unknown_keys(directory, parsed, source)
         raise ConfigError(f"{source}: {error}") from error
     validate(values, source)
     return values
 
 
 def group_files(params_dir: Path | str, group: str) -> dict[str, Path]:
-    """The options of a group by name, each with its file: those in ``params_dir`` before those of ddops."""
+    """The options of a group by name, each with its file: those in ``params_dir`` before those of ddops.
+
+    Raises:
+        ConfigError: two names differ in case alone, which many disks take for one.
+    """
     places = (PARAMS / group, Path(params_dir) / group)
-    return {file.stem: file for place in places for file in sorted(place.glob("*.yaml"))}
+    files = {file.stem: file for place in places for file in sorted(place.glob("*.yaml"))}
+    alike: dict[str, Path] = {}
+    for name, file in files.items():
+        if (other := alike.setdefault(name.lower(), file)) != file:
+            raise ConfigError(
+                f"{file}: differs from {other} in case alone, and many disks take them for one; rename it"
+            )
+    return files
 
 
 def _primary(params_dir: Path) -> Path:
@@ -130,12 +146,13 @@ def _hydra_values(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", values)
 
 
-def _explain_unknown_keys(directory: Path, overrides: Sequence[str], source: str) -> None:
+def _explain_unknown_keys(directory: Path, overrides: Sequence[Override], source: str) -> None:
     """Hydra refuses to set a key that is not there yet, and says no more. Set it all the same ("++"), and validation
     says which keys there are, or else that "++" was missing; returns where Hydra's own words will have to do."""
     forced = [
-        override if override.startswith("~") or _is_group(directory, override) else f"++{override.lstrip('+')}"
+        line if override.is_delete() or _is_group(directory, override) else f"++{line.lstrip('+')}"
         for override in overrides
+        for line in [str(override.input_line)]
     ]
     try:
         values = _hydra_values(directory, forced)
@@ -145,18 +162,19 @@ def _explain_unknown_keys(directory: Path, overrides: Sequence[str], source: str
     raise ConfigError(f"{source}: sets keys that these options do not have; put ++ before the override to add them")
 
 
-def _is_group(directory: Path, override: str) -> bool:
-    group = override.partition("=")[0]
-    return bool(group) and bool(group_files(directory, group))
+def _is_group(directory: Path, override: Override) -> bool:
+    return any((place / override.key_or_group).is_dir() for place in (PARAMS, directory))
 
 
-def _check_group_choice(directory: Path, override: str) -> None:
-    if not _is_group(directory, override):
+def _check_group_choice(directory: Path, override: Override) -> None:
+    """Options are names: a path would lead Hydra to any file."""
+    group = override.key_or_group
+    if not _is_group(directory, override) or override.is_delete():
         return
-    group, _, choice = override.partition("=")
-    known = sorted(group_files(directory, group))
-    if choice not in known:
-        raise ConfigError(f"{directory.name}/{group}: no {group} named {choice!r}; {_suggest(choice, known)}")
+    known, value = sorted(group_files(directory, group)), override.value()
+    for choice in value if isinstance(value, list) else [value]:
+        if choice not in known:
+            raise ConfigError(f"{directory.name}/{group}: no {group} named {choice!r}; {_suggest(str(choice), known)}")
 
 
 def _explain(detail: ErrorDetails) -> str:

@@ -29,8 +29,8 @@ class PublishedFile:
 
     name: Annotated[str, Field(min_length=1)]
     """Its path in the repository."""
-    layout: Literal["flat", "model", "module", "state_dict", "ema", "trainer.ema_parameters"]
-    """``flat``: the file is the state dict; else the keys that lead to it."""
+    layout: Annotated[str, Field(pattern=r"^[^.\s]+(\.[^.\s]+)*$")]
+    """``flat``: the file is the state dict; else the keys that lead to it, such as ``trainer.var_wo_ddp``."""
 
 
 @config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy._core.multiarray import _reconstruct
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ddops.evaluation.errors import MetricError
+from ddops.files import mistaken_for
+from ddops.models.published_files import NUMPY
 
 Doubles = NDArray[np.float64]
 _KEYS: Final = (("mu", "sigma"), ("m", "s"))
@@ -89,7 +89,10 @@ def read_statistics(path: Path) -> Statistics:
     keys = next((keys for keys in _KEYS if set(keys) <= set(values)), None)
     if keys is None:
         raise MetricError(f"{path}: holds {', '.join(values) or 'nothing'}; expected mu and sigma, or m and s")
-    mean_F, covariance_FF = (np.asarray(values[key], dtype=np.float64) for key in keys)
+    try:
+        mean_F, covariance_FF = (_doubles(values[key]) for key in keys)
+    except (TypeError, ValueError) as error:
+        raise MetricError(f"{path}: {' and '.join(keys)} are not arrays of numbers ({error})") from error
     if mean_F.ndim != 1 or covariance_FF.shape != (len(mean_F), len(mean_F)):
         raise MetricError(
             f"{path}: {keys[0]} is {mean_F.shape} and {keys[1]} {covariance_FF.shape}: no mean, covariance"
@@ -99,8 +102,16 @@ def read_statistics(path: Path) -> Statistics:
     return Statistics(mean_F, covariance_FF)
 
 
+def _doubles(values: Any) -> Doubles:
+    if isinstance(values, Tensor):
+        values = values.detach().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
 def _read(path: Path) -> dict[str, Any]:
     """The arrays named in ``_KEYS`` that the file holds; no code in it is run."""
+    if path.is_file() and (found := mistaken_for(path)):
+        raise MetricError(f"{path}: is {found}, not a file of statistics; fetch it again")
     wanted = {key for keys in _KEYS for key in keys}
     try:
         if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
@@ -110,18 +121,16 @@ def _read(path: Path) -> dict[str, Any]:
     except MetricError:
         raise
     except (OSError, ValueError, RuntimeError, EOFError, LookupError, zipfile.BadZipFile) as error:
-        raise MetricError(f"{path}: not readable as .npz or .pth ({str(error).splitlines()[0]})") from error
+        raise MetricError(f"{path}: not readable as .npz or .pth ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _load_pth(path: Path) -> dict[str, Any]:
-    # What NumPy arrays in a pickle are made of (in NumPy 1's files too); anything else is refused.
-    allowed: list[Any] = [
-        (_reconstruct, "numpy.core.multiarray._reconstruct"),
-        (_reconstruct, "numpy._core.multiarray._reconstruct"),
-        *(np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, codecs.encode),
-    ]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(NUMPY):
             values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MetricError(f"{path}: not a file of statistics, or it asks to run code, which is refused") from error

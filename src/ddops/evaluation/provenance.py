@@ -45,7 +45,12 @@ def _data_hashes(lock: Path) -> dict[str, str]:
         return {}
     stages = yaml.safe_load(lock.read_text())["stages"]
     outs = [out for stage in stages.values() for out in stage.get("outs", [])]
-    return {f"DVC {out['path']}": out["md5"] for out in outs if out.get("md5", "").endswith(".dir")}
+    # Sorted: the file's own order is that in which the stages happened to run.
+    return {
+        f"DVC {path}": md5
+        for path, md5 in sorted((out["path"], out.get("md5", "")) for out in outs)
+        if md5.endswith(".dir")
+    }
 
 
 def _processor() -> str:

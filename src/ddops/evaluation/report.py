@@ -15,6 +15,8 @@ import jinja2
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from ddops.reports import FACTS
+
 TITLES = {
     "data": "Real images",
     "reconstruction": "Tokenizer reconstruction (the floor)",
@@ -32,8 +34,6 @@ TITLES = {
 """Kinds of rows in the order of the page. A row of another kind is shown under its own name, after these."""
 INTERPOLATION = "interpolation_"
 """What the file of a row's interpolations begins with."""
-FACTS = ("protocol", "models")
-"""What the metrics file holds beside rows."""
 FIGURES = {
     "fid": ("FID", "{:.2f}", "lower is better"),
     "kid": ("KID", "{:.4g}", "lower is better"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from ddops import __version__, git
 from ddops.config.stages import ExportConfig
 from ddops.files import sha256_file
+from ddops.reports import read_metrics
 
 
 def provenance(preset: str, export: ExportConfig, student: Path, lock: Path = Path("dvc.lock")) -> dict[str, str]:
@@ -33,8 +33,8 @@ def judged(metrics: Path, export: ExportConfig, student_sha256: str) -> dict[str
     """Protocol and FID of the student's row; nothing where there are no figures, or they are of another student."""
     if not metrics.is_file():
         return {}
-    figures: dict[str, Any] = json.loads(metrics.read_text())
-    if figures["models"].get(export.student) != student_sha256 or export.row not in figures:
+    figures = read_metrics(metrics)
+    if figures.get("models", {}).get(export.student) != student_sha256 or export.row not in figures:
         return {}
     return {"ddops.protocol": figures["protocol"]["name"], "ddops.fid": f"{figures[export.row]['fid']:.4f}"}
 

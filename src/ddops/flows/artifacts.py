@@ -23,13 +23,18 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from pydantic import TypeAdapter
 
 from ddops import git
 from ddops.evaluation.gate import comparable
+from ddops.files import read_json
 from ddops.flows.progress import Progress
+from ddops.production import Registry
+from ddops.reports import read_decision
 from ddops.stages import paths
 
 Values = dict[str, Any]
+_VALUES = TypeAdapter(Values)
 Compared = dict[str, dict[str, Values]]
 """Of every file and dotted name: ``new``, this workspace's value, and ``old``, the one in production."""
 UPDATE_SECONDS = 2.0
@@ -136,9 +141,8 @@ def metrics_table(workspace: Path, production: str | None) -> None:
 
 def read_registry(workspace: Path) -> dict[str, Any]:
     """Which model is in production: ``current``, ``versions``, ``history``."""
-    path = workspace / paths.PRODUCTION
-    registry: dict[str, Any] = {"current": None, "versions": {}, "history": []}
-    return json.loads(path.read_text()) if path.exists() else registry
+    registry = Registry.load(workspace / paths.PRODUCTION)
+    return {"current": registry.current, "versions": registry.versions, "history": registry.history}
 
 
 def _beside_revision(workspace: Path, revision: str) -> tuple[Compared, str]:
@@ -153,7 +157,7 @@ def _beside_revision(workspace: Path, revision: str) -> tuple[Compared, str]:
 def _beside(workspace: Path, old: dict[str, Values]) -> Compared:
     compared: Compared = {}
     for path in FIGURES:
-        new = json.loads((workspace / path).read_text()) if (workspace / path).exists() else {}
+        new = read_json(workspace / path, _VALUES, "run its stage again") if (workspace / path).exists() else {}
         here, there = dict(_flat(new)), dict(_flat(old.get(str(path), {})))
         names = dict.fromkeys([*here, *there])
         compared[str(path)] = {name: {"new": here.get(name), "old": there.get(name)} for name in names}
@@ -200,7 +204,7 @@ def _shown(value: Any) -> str:
 
 def gate_decision(workspace: Path, production: str | None) -> None:
     """What the gate decided, who overrode it and why, the checks that failed, and every rule's verdict."""
-    decision = json.loads((workspace / paths.GATE_DECISION).read_text())
+    decision = read_decision(workspace / paths.GATE_DECISION)
     override = decision["override"]
     lines = [
         HEADINGS[decision["outcome"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -72,7 +73,7 @@ def compose_parameters(
     if trajectories is not None:
         named.append(f"trajectories.count={trajectories}")
     for override in overrides:
-        if override.startswith("preset="):
+        if re.match(r"[+~]*preset\b(?!/)", override):
             raise ConfigError(f"overrides: {override}: the preset is a parameter of its own")
     return compose(workspace / "params", [*named, *overrides])
 

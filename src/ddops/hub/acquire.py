@@ -10,8 +10,9 @@ from ddops.config.captions import PublishedEncoderConfig
 from ddops.config.models import ModelConfig
 from ddops.config.stages import DownloadedTeacherConfig, DownloadSource, PublishedFile, ReleasedDD1Config
 from ddops.files import write_json
-from ddops.hub.download import FetchedFile, HubFile, fetch, local, require_space
+from ddops.hub.download import FetchedFile, HubFile, fetch, local
 from ddops.hub.records import LOCK, DownloadError
+from ddops.hub.transfer import require_space
 from ddops.models.published import convert_published, converted_from
 from ddops.models.weights import STUDENT, TOKENIZER, TRANSFORMER
 

@@ -6,16 +6,18 @@ recorded in ``hub.lock.json``, where a URL's directory stands for the repository
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Final
 
 from huggingface_hub import constants
-from huggingface_hub.file_download import http_get
 
 from ddops.config.evaluation import RemoteFile
-from ddops.hub.download import FetchedFile, HubFile, fetch, local, require_space, verify, with_retries
+from ddops.hub.content import require_content
+from ddops.hub.download import FetchedFile, HubFile, fetch, local
 from ddops.hub.records import LOCK, DownloadError, HubRecords
+from ddops.hub.transfer import Wanted, download, require_space, verify
 
 _HUB_URL: Final = re.compile(r"hf://([\w.-]+/[\w.-]+)@([^/]+)/(.+)")
 PINNED: Final = "-"
@@ -52,27 +54,21 @@ def obtain_file(config: RemoteFile, key: str, lock: Path = LOCK) -> FetchedFile:
 def _fetch_url(directory: str, name: str, lock: Path) -> FetchedFile:
     """From the cache, or downloaded into it; what is there of a broken download is continued."""
     records = HubRecords.load(lock)
-    expected = records.expected(directory, name)
-    target = Path(constants.HF_HOME) / "ddops" / re.sub(r"\W+", "-", directory) / name
-    partial = target.with_name(f"{name}.ddops-partial")
+    expected, source = records.expected(directory, name), records.source(directory, name)
+    url, known = f"{directory}/{name}", expected.sha256 is not None
+    target = _place(directory) / name
     if not target.exists():
         require_space(target.parent, expected.size or 0)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with_retries(f"{directory}/{name}", lambda: _continue(f"{directory}/{name}", partial, expected.size))
-        try:
-            verify(partial, expected, f"{directory}/{name}")
-        except DownloadError:
-            partial.unlink()
-            raise
-        partial.replace(target)
-    record = verify(target, expected, f"{directory}/{name}")
+        download(Wanted(url, name, url, expected, source, vouched=known, versioned=False), target)
+    record = verify(target, expected, url, source)
+    if not known:
+        require_content(target, name, url)
     records.trust(directory, PINNED, PINNED, name, record)
     records.save()
-    return FetchedFile(target, record.sha256 or "", f"{directory}/{name}")
+    return FetchedFile(target, record.sha256 or "", url)
 
 
-def _continue(url: str, partial: Path, size: int | None) -> None:
-    if size is not None and partial.exists() and partial.stat().st_size > size:
-        partial.unlink()
-    with partial.open("ab") as file:
-        http_get(url, file, resume_size=file.tell(), expected_size=size, displayed_filename=partial.stem)
+def _place(directory: str) -> Path:
+    """A directory of the cache for a URL's: the readable name alone would be the same for ``a-b`` and ``a/b``."""
+    digest = hashlib.sha256(directory.encode()).hexdigest()[:8]
+    return Path(constants.HF_HOME) / "ddops" / "-".join([*re.findall(r"\w+", directory), digest])

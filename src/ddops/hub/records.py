@@ -6,9 +6,12 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from ddops.files import write_json
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
+from ddops.files import read_json, write_json
 from ddops.models.errors import CheckpointError, MayPassError
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,21 @@ class FileRecord:
     sha256: str | None = None
 
 
+@with_config(ConfigDict(extra="forbid"))
+class _File(TypedDict):
+    size: Annotated[int, Field(ge=0)] | None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _Entry(TypedDict):
+    commits: dict[str, Annotated[str, Field(pattern=r"^(-|[0-9a-f]{40})$")]]
+    files: dict[str, _File]
+
+
+_LOCK: Final[TypeAdapter[Any]] = TypeAdapter(dict[str, _Entry])
+
+
 @dataclass
 class HubRecords:
     """The manifest, and the lock file which adds to it and never contradicts it."""
@@ -50,12 +68,7 @@ class HubRecords:
         """
         values: dict[str, Any] = {}
         if lock is not None and lock.exists():
-            try:
-                values = json.loads(lock.read_text())
-                for entry in values.values():
-                    entry["commits"].keys(), entry["files"].keys()
-            except (ValueError, AttributeError, KeyError, TypeError) as error:
-                raise DownloadError(f"{lock}: damaged ({error!r}); restore it from Git, or delete it") from error
+            values = read_json(lock, _LOCK, "restore it from Git, or delete it", DownloadError)
         return cls(lock, json.loads(MANIFEST.read_text()), values)
 
     def expected(self, repo: str, name: str) -> FileRecord:
@@ -65,7 +78,9 @@ class HubRecords:
 
     def source(self, repo: str, name: str) -> str:
         """Which of the two says so."""
-        return "ddops' own manifest" if self._file(self.manifest, repo, name) else str(self.path)
+        if self._file(self.manifest, repo, name):
+            return "ddops' own manifest"
+        return f"{self.path}; if what it recorded was wrong, delete the file's entry there"
 
     def commit(self, repo: str, revision: str) -> str | None:
         """The commit that a branch or tag is pinned to, if it is."""

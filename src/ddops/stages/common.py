@@ -24,6 +24,7 @@ from ddops.extras import MissingExtra
 from ddops.files import sha256_json, write_json
 from ddops.models.errors import CheckpointError, MayPassError
 from ddops.production import RegistryError
+from ddops.reports import ReportError
 from ddops.stages import launch, paths
 from ddops.training.errors import Collapsed, LaunchError, ReplicaLost, TrainingDiverged
 from ddops.trajectories.errors import DatasetError
@@ -50,14 +51,19 @@ OWN_CODE = Path("src/ddops/__init__.py")
 """There in a workspace that is a checkout of ddops."""
 
 EXPECTED_ERRORS = (
-    *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError),
-    *(RecipeError, StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, MissingExtra, OSError),
+    *(ConfigError, CaptionError, CheckpointError, MetricError, RegistryError, DatasetError, ReportError, RecipeError),
+    *(StageError, TrainingDiverged, Collapsed, LaunchError, ReplicaLost, MissingExtra, OSError),
 )
 
 
 def sections(stage: Stage) -> tuple[str, ...]:
     """The sections of ``params.yaml`` a stage reads: the names of its parameters. ``dvc.yaml`` must list the same."""
     return tuple(inspect.signature(stage).parameters)
+
+
+def stage_name(stage: Stage) -> str:
+    """Its file's name: run with `python -m`, the module's own is ``__main__``."""
+    return Path(inspect.getfile(stage)).stem
 
 
 def run_stage(stage: Stage, *, trains: str | None = None) -> None:
@@ -70,8 +76,7 @@ def run_stage(stage: Stage, *, trains: str | None = None) -> None:
     logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s", stream=sys.stderr)
     for noisy in ("dvc", "dvclive", "httpx", "onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # The file's name: run with `python -m`, the module's own is "__main__".
-    name = Path(inspect.getfile(stage)).stem
+    name = stage_name(stage)
     try:
         require_recipe(name)
         require_own_code(name)
@@ -82,9 +87,27 @@ def run_stage(stage: Stage, *, trains: str | None = None) -> None:
         if first:
             write_json(paths.code_record(name), record(name, ddops.__version__))
         stage(**{section: getattr(config, section) for section in sections(stage)})
+        require_unchanged(stage, config)
+        require_recipe(name)
     except EXPECTED_ERRORS as error:
         print(f"\n{name}: {error}", file=sys.stderr)
         raise SystemExit(exit_code(error)) from None
+
+
+def require_unchanged(stage: Stage, config: Config) -> None:
+    """What the stage has read must still be there when it ends: DVC records what is there by then.
+
+    Raises:
+        StageError: sections of ``params.yaml`` are others than when it began.
+        ConfigError: ``params.yaml`` is not valid any more.
+    """
+    now = load_config(paths.PARAMS)
+    changed = [name for name in sections(stage) if getattr(now, name) != getattr(config, name)]
+    if changed:
+        raise StageError(
+            f"{paths.PARAMS}: {', '.join(changed)} changed while the stage ran, so its results are those of other "
+            "settings. Nothing was recorded; run it again"
+        )
 
 
 def require_own_code(stage: str) -> None:

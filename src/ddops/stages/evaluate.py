@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,11 @@ from tqdm import tqdm
 
 from ddops.config.evaluation import EvaluateConfig
 from ddops.evaluation.device import accelerator
+from ddops.evaluation.rows import RECONSTRUCTION
 from ddops.evaluation.ruler import Ruler, open_ruler
 from ddops.evaluation.samples import open_samples
 from ddops.files import write_json, write_text
+from ddops.reports import read_samples_manifest
 from ddops.stages import paths
 from ddops.stages.common import StageError, require, run_stage
 from ddops.stages.statistics import asked, statistics_file
@@ -27,7 +28,7 @@ def evaluate(evaluate: EvaluateConfig) -> None:
     """Write ``reports/metrics.json`` and the same table as CSV for ``dvc plots``.
 
     Raises:
-        StageError: there are no samples.
+        StageError: there are no samples. ReportError: the manifest beside them is damaged.
         MetricError: a figure cannot be computed.
     """
     ruler = open_ruler(
@@ -36,12 +37,18 @@ def evaluate(evaluate: EvaluateConfig) -> None:
         statistics_file(evaluate),
         asked(evaluate, paths.EVALUATE_CAPTIONS),
     )
-    manifest = json.loads(require(paths.SAMPLES_MANIFEST, "sample").read_text())
+    manifest = read_samples_manifest(require(paths.SAMPLES_MANIFEST, "sample"))
     directories = sorted(path for path in paths.SAMPLES.iterdir() if path.is_dir())
     if not directories:
         raise StageError(f"{paths.SAMPLES} holds no samples: they are made by the stage sample")
 
+    if strange := {path.name for path in directories} - {RECONSTRUCTION, *manifest["rows"]}:
+        raise StageError(
+            f"{paths.SAMPLES_MANIFEST}: says nothing of {', '.join(sorted(strange))}; run dvc repro sample again"
+        )
     files = {directory.name: sorted(directory.glob("*.npz")) for directory in directories}
+    if empty := [row for row, found in files.items() if not found]:
+        raise StageError(f"{paths.SAMPLES / empty[0]} holds no samples; run dvc repro sample again")
     figures = _judge([file for row in files.values() for file in row], ruler, evaluate)
     rows: dict[str, dict[str, Any]] = {
         row: {

@@ -4,7 +4,6 @@ image by image, and by the figures of the protocol.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from ddops.export.errors import ExportError
 from ddops.export.manifest import MANIFEST, MODEL, model_digests, read_manifest
 from ddops.export.provenance import provenance
 from ddops.export.session import open_session, run_session
-from ddops.files import write_json
+from ddops.files import sha256_file, write_json
 from ddops.models.conditions import flat
 from ddops.models.weights_dd2 import load_generator
+from ddops.reports import read_decision, read_metrics
 from ddops.stages import paths
 from ddops.stages.common import StageError, require, run_stage
 from ddops.stages.statistics import asked, statistics_file
@@ -39,13 +39,16 @@ def export(preset: str, dd1: DD1Config, dd2: DD2Config, evaluate: EvaluateConfig
     Raises:
         StageError: the gate refused the model, the graph differs from PyTorch, or its FID is worse by too much.
     """
-    gate = json.loads(require(paths.GATE_DECISION, "gate").read_text())
+    gate = read_decision(require(paths.GATE_DECISION, "gate"))
     if not gate["passed"]:
         raise StageError(f"the gate refused this model ({paths.GATE_DECISION}): nothing is exported")
-    metrics = json.loads(require(paths.METRICS, "evaluate").read_text())
+    metrics = read_metrics(require(paths.METRICS, "evaluate"))
     if export.row not in metrics:
         raise StageError(f"{paths.METRICS} has no row {export.row}: a model that was not judged is not exported")
     student = require(paths.STUDENTS[export.student], f"distill_{export.student}")
+    if (found := sha256_file(student)) != gate["student_sha256"]:
+        judged = gate["student_sha256"][:12]
+        raise StageError(f"{paths.GATE_DECISION}: judged {judged}, {student} is {found[:12]}; run dvc repro gate")
     sources = find_sources(student, require(paths.TOKENIZER, "teacher"), paths.CAPTIONS, dd1, dd2, export)
     facts = provenance(preset, export, sources.student) | {
         "ddops.protocol": metrics["protocol"]["name"],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from typing import Any
 
 from ddops.config.base import plain
 from ddops.config.dd2 import ARDiffusionConfig, DD2Config
@@ -14,6 +12,7 @@ from ddops.config.stages import DD1Config, ExportConfig, TrajectoriesConfig
 from ddops.evaluation.gate import Decision, gate_decision, recipes_of_figures
 from ddops.files import sha256_file, sha256_json, write_json
 from ddops.production import metrics_in_production
+from ddops.reports import read_metrics
 from ddops.stages import paths
 from ddops.stages.common import ModelRefusedError, drawing_sha256, require, run_stage
 
@@ -60,7 +59,7 @@ def decide_now(gate: GateConfig, evaluate: EvaluateConfig, export: ExportConfig,
     Raises:
         StageError: the figures or the model are missing. CheckpointError: so with what the protocol compares with.
     """
-    metrics: dict[str, Any] = json.loads(require(paths.METRICS, "evaluate").read_text())
+    metrics = read_metrics(require(paths.METRICS, "evaluate"))
     files = {
         "tokenizer": require(paths.TOKENIZER, "teacher"),
         "teacher": require(paths.TRANSFORMER, "teacher"),

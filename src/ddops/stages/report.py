@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import Any, Final
 
 from ddops.config.stages import ExportConfig
 from ddops.evaluation.provenance import provenance
-from ddops.evaluation.report import FACTS, chart, embed_png, grids, read_curve, render, table, title
+from ddops.evaluation.report import FIGURES, chart, embed_png, grids, read_curve, render, table, title
 from ddops.evaluation.summary import summary
 from ddops.files import write_json, write_text
+from ddops.reports import (
+    FACTS,
+    ExportReport,
+    Judge,
+    read_decision,
+    read_export,
+    read_judge,
+    read_metrics,
+    require_values,
+)
 from ddops.stages import paths
 from ddops.stages.common import require, run_stage
+
+PROTOCOL: Final = ("name", "features", "features_sha256", "labels", "quantisation", "reference_sha256", "seeds")
+"""Of the protocol's facts those that the page shows."""
 
 
 def report(preset: str, seed: int, export: ExportConfig) -> None:
     """Write ``reports/index.html``, ``reports/model_card.md`` and ``reports/summary.json``, of a refused model too."""
-    metrics = json.loads(require(paths.METRICS, "evaluate").read_text())
-    decision = json.loads(require(paths.GATE_DECISION, "gate").read_text())
+    metrics = read_metrics(require(paths.METRICS, "evaluate"))
+    decision = read_decision(require(paths.GATE_DECISION, "gate"))
+    judge = read_judge(require(paths.FEATURES_METRICS, "features"))
+    exported = read_export(paths.EXPORT_METRICS) if decision["passed"] else None
+    _require_shown(metrics, judge, exported, export)
     values = {
         "preset": preset,
         "seed": seed,
@@ -26,9 +41,9 @@ def report(preset: str, seed: int, export: ExportConfig) -> None:
         "table": table(metrics),
         "protocol": metrics["protocol"],
         "samples": max(row["samples"] for name, row in metrics.items() if name not in FACTS),
-        "judge": json.loads(require(paths.FEATURES_METRICS, "features").read_text()),
+        "judge": judge,
         "decision": decision,
-        "export": json.loads(paths.EXPORT_METRICS.read_text()) if decision["passed"] else None,
+        "export": exported,
         "provenance": provenance(metrics),
     }
     pictures = {
@@ -39,6 +54,26 @@ def report(preset: str, seed: int, export: ExportConfig) -> None:
     write_text(paths.REPORT, render("report.html", **values, **pictures, charts=_charts()))
     write_text(paths.MODEL_CARD, render("model_card.md", **values))
     write_json(paths.SUMMARY, summary(metrics, export.row))
+
+
+def _require_shown(metrics: dict[str, Any], judge: Judge, exported: ExportReport | None, export: ExportConfig) -> None:
+    """All that the page and the card show.
+
+    Raises:
+        ReportError: a file lacks some of it.
+    """
+    keys = [f"protocol.{name}" for name in PROTOCOL]
+    for name, row in {export.row: {}, **{key: row for key, row in metrics.items() if key not in FACTS}}.items():
+        spreads = [f"{figure}_spread" for figure in FIGURES if figure in row and row.get("runs", 1) > 1]
+        keys += [f"{name}.{key}" for key in ("fid", "samples", *spreads, *(["passes"] if name == "teacher" else []))]
+    digits = metrics.get("protocol", {}).get("name") == "digits"
+    keys += [f"protocol.{name}" for name in (["reference_images"] if digits else ["feature_dim", "resize"])]
+    require_values(paths.METRICS, metrics, keys, "evaluate")
+    require_values(paths.FEATURES_METRICS, judge, ["heldout_accuracy" if digits else "origin"], "features")
+    if exported is not None:
+        compared = ["exported.fid", "pytorch.fid"] if "fid_loss" in exported else []
+        parity = [f"parity.{name}" for name in ("images", "largest", "mean")]
+        require_values(paths.EXPORT_METRICS, exported, ["bytes", "steps", *parity, *compared], "export_onnx")
 
 
 def _sentence(metrics: dict[str, Any], export: ExportConfig) -> str:

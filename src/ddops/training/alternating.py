@@ -111,7 +111,7 @@ def train_alternating(
     )
     alignment = guidance_config.alignment_steps
     first_step = -alignment
-    state = checkpoint.load()
+    state = checkpoint.load(("step", "history", "networks"), range(first_step, config.steps + 1))
     if state:
         networks.load(state["networks"])
         first_step = int(state["step"])

@@ -32,6 +32,7 @@ from ddops.training.schedule import batch_indices, ema_decay, learning_rate
 log = logging.getLogger(__name__)
 
 MAX_SEED = 2**63
+_STATE = ("step", "model", "ema", "optimizers", "history")
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -74,7 +75,7 @@ def train(
     """
     ema_model = frozen_copy(model)
     optimizers = build_optimizers(model, config)
-    state = checkpoint.load()
+    state = checkpoint.load(_STATE, range(config.steps + 1))
     first_step = _restore(state, model, ema_model, optimizers)
     if first_step:
         log.info("%s: resuming at step %d of %d", description, first_step, config.steps)

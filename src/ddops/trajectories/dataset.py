@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ddops.files import sha256_file
 from ddops.sampling.noise import NOISE_VERSION
 from ddops.trajectories.errors import DatasetError
 from ddops.trajectories.generate import trajectory_noise
-from ddops.trajectories.shards import read_manifest, read_shard
+from ddops.trajectories.shards import MANIFEST, differences, read_manifest, read_shard
 
 NOISE_CACHE_BYTES = 1 << 28
 """Noise is kept in memory when all of it fits into this; else it is computed batch by batch."""
@@ -40,6 +41,9 @@ class TrajectoryDataset:
         manifest = read_manifest(directory)
         if not manifest["shards"]:
             raise DatasetError(f"{directory}: holds no trajectories; set trajectories.count and generate them")
+        firsts = list(accumulate((shard["count"] for shard in manifest["shards"]), initial=0))
+        if [*(shard["first"] for shard in manifest["shards"]), manifest["count"]] != firsts:
+            raise DatasetError(f"{directory / MANIFEST}: damaged (its shards do not add up); generate it again")
         version = manifest["settings"]["noise_version"]
         if version != NOISE_VERSION:
             raise DatasetError(
@@ -51,6 +55,10 @@ class TrajectoryDataset:
             if not path.is_file() or sha256_file(path) != shard["sha256"]:
                 raise DatasetError(f"{path}: missing or altered since the manifest was written; generate it again")
             read = read_shard(path)
+            if different := differences(read.settings, manifest["settings"]):
+                raise DatasetError(f"{path}: made with other settings than the manifest says: {different}")
+            if (read.first, len(read.labels_N)) != (shard["first"], shard["count"]):
+                raise DatasetError(f"{path}: does not hold the samples that the manifest says; generate it again")
             labels.append(read.labels_N)
             ids.append(read.ids_NL)
         self.seed: int = manifest["settings"]["seed"]

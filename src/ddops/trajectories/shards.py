@@ -12,19 +12,45 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from typing_extensions import TypedDict
 
-from ddops.files import atomic_path, sha256_file, sha256_json, write_json
+from ddops.files import atomic_path, read_json, sha256_file, sha256_json, write_json
 from ddops.trajectories.errors import DatasetError, SettingsDiffer
 
 FORMAT_VERSION = 2
 HEADER = "ddops.trajectories"
 MANIFEST = "manifest.json"
+
+_WAY_OUT = "delete it and run the trajectories stage"
+
+
+class _Version(TypedDict):
+    format_version: int
+
+
+class _Entry(TypedDict):
+    name: Annotated[str, Field(pattern=r"^shard-[0-9]+\.safetensors$")]
+    first: Annotated[int, Field(ge=0, lt=2**53)]
+    count: Annotated[int, Field(gt=0, lt=2**53)]
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    fingerprint: str
+    settings: dict[str, Any]
+    count: int
+    shards: list[_Entry]
+
+
+_MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
+_VERSION: TypeAdapter[Any] = TypeAdapter(_Version)
 
 Labels = NDArray[np.uint16] | NDArray[np.uint32]
 
@@ -84,7 +110,7 @@ def read_shard(path: Path) -> Shard:
             header = json.loads((file.metadata() or {})[HEADER])
             tensors = file.get_tensor("labels"), file.get_tensor("ids")
             return Shard(*tensors, header["first"], header["settings"], header["seal"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
         raise DatasetError(f"{path}: not a readable shard ({error!r}); generate again, it alone is replaced") from error
 
 
@@ -146,11 +172,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise DatasetError(f"{path}: format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
-        return manifest
+        version = read_json(path, _VERSION, _WAY_OUT, DatasetError)["format_version"]
+        if version != FORMAT_VERSION:
+            raise DatasetError(f"{path}: format {version}, this version reads {FORMAT_VERSION}; {_WAY_OUT}")
+        manifest: dict[str, Any] = read_json(path, _MANIFEST, _WAY_OUT, DatasetError)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no manifest, the data set is incomplete; run the trajectories stage") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: damaged ({error!r}); delete it and run the trajectories stage") from error
+    if manifest["fingerprint"] != sha256_json(manifest["settings"]):
+        raise DatasetError(f"{path}: damaged (its settings are not those it was written with); {_WAY_OUT}")
+    if manifest["shards"] and not {"seed", "noise_version", "batch_size"} <= manifest["settings"].keys():
+        raise DatasetError(f"{path}: damaged (its settings lack the seed, the noise or the batch); {_WAY_OUT}")
+    return manifest

@@ -30,6 +30,11 @@ def record(stage: str, version: str) -> dict[str, Any]:
     return {"ddops": version, "recipe": recipe(stage), "files": hashes}
 
 
+def accepted(stage: str) -> dict[str, Any]:
+    """The note on an output that was made before there were notes, and accepted as made by the recipe of now."""
+    return {"ddops": "an earlier version", "recipe": recipe(stage), "files": {}}
+
+
 def changes(recorded: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """By file: how it differs between two records; a file that does not is left out."""
     before, after = recorded["files"], now["files"]
