@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ddops.cli import main
+from ddops.commands.fetch import CONVERTED_BY
 from ddops.config.load import compose, load_config, validate, write_params
 from ddops.hub.acquire import acquire_teacher
 from ddops.models.errors import CheckpointError
@@ -92,7 +93,8 @@ def test_fetched_teachers_have_the_golden_logits(world: World) -> None:
 def test_what_was_fetched_is_ours_alone_and_says_where_it_is_from(world: World) -> None:
     root = fetched("var")
     files = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-    assert files == [str(path) for path in (paths.DD1_STUDENT, paths.TOKENIZER, paths.TRANSFORMER, paths.PARAMS)]
+    weights = [paths.DD1_STUDENT, paths.TOKENIZER, paths.TRANSFORMER]
+    assert files == [*map(str, weights), CONVERTED_BY, str(paths.PARAMS)]
     config, extra = load_metadata(root / paths.TRANSFORMER, TRANSFORMER)
     assert config == MODELS["var"]
     assert extra["source"].endswith("/var_d16.pth")

@@ -28,9 +28,8 @@ NEAR_ZERO: Final = 1e-6
 """What rounding leaves of a number that is none."""
 COUNTED: Final = {"precision": 0.03, "recall": 0.03, "accuracy": 0.03}
 """Shares of things counted: rounding moves one over the border now and then, so these agree absolutely."""
-HALF: Final = 30.0
-"""Times wider where products are in bfloat16: processors differ in how they add those up."""
-WIDEST: Final = 0.1
+HALF: Final = 0.1
+"""Where products are in half precision: processors differ in how they add those up."""
 AGREEMENT: Final = {"ids": 0.99, "pixels": 0.95}
 """Least share of equal tokens; of pixels that differ by at most :data:`LEVELS`."""
 LEVELS: Final = 4
@@ -107,7 +106,7 @@ def moved(golden: Any, found: Any, *, half: bool = False, path: tuple[str, ...] 
         if (share := _agreement(golden, found, path[-1])) < least:
             yield f"{where}: {share:.1%} agree, at least {least:.0%} must"
     elif _is_number(golden) and _is_number(found) and float in (type(golden), type(found)):
-        tolerance = min(WIDEST, TOLERANCES.get(path[0] if path else "", DEFAULT) * (HALF if half else 1.0))
+        tolerance = HALF if half else TOLERANCES.get(path[0] if path else "", DEFAULT)
         least = max((COUNTED.get(key.removesuffix("_spread"), NEAR_ZERO) for key in path), default=NEAR_ZERO)
         if not math.isclose(golden, found, rel_tol=tolerance, abs_tol=least):
             yield f"{where}: {golden:.7g}, now {found:.7g}"
