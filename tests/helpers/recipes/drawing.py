@@ -133,7 +133,8 @@ def _evaluate(family: str, **changes: Any) -> Digest:
             for seed in config.evaluate.seeds:
                 write_samples_of(config, row, seed)
         write_samples_of(config, "reconstruction", 0)
-        write_samples_manifest({"teacher": {"passes": 16, "parameters": 5}, "dd1_1step": {}})
+        facts = {"passes": 16, "parameters": 5}
+        write_samples_manifest({"teacher": facts, "dd1_1step": {**facts, "passes": 1}})
         run(evaluate, config)
     metrics = digest.plain(_json(paths.METRICS))
     table = [line.split(",")[0] for line in paths.ROWS_TABLE.read_text().splitlines()]
