@@ -156,12 +156,16 @@ def test_commands_refuse_a_workspace_of_another_ddops(tmp_path, monkeypatch, cap
 
 def test_a_checkpoint_of_another_recipe_is_not_resumed(tmp_path, monkeypatch, raised):
     monkeypatch.chdir(tmp_path)
-    checkpoint_file("distill_dd1", "dd1", [1]).save({"step": torch.tensor(3)})
-    assert checkpoint_file("distill_dd1", "dd1", [1]).load() == {"step": torch.tensor(3)}
+    checkpoint_file("distill_dd1", "dd1", [1]).save({"step": 3})
+
+    def resumed():
+        return checkpoint_file("distill_dd1", "dd1", [1]).load(["step"], range(5))
+
+    assert resumed() == {"step": 3}
     raised("teacher")
-    assert checkpoint_file("distill_dd1", "dd1", [1]).load() is not None, "another stage's recipe"
+    assert resumed() == {"step": 3}, "another stage's recipe"
     raised("distill_dd1")
-    assert checkpoint_file("distill_dd1", "dd1", [1]).load() is None
+    assert resumed() is None
 
 
 @pytest.mark.parametrize(

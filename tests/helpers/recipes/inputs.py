@@ -111,7 +111,7 @@ def write_trajectories(config: Config) -> None:
     conditions = getattr(model, "num_classes", 0) or PROMPTS
     labels_N = np.arange(TRAJECTORIES, dtype=np.uint16) % conditions  # of every condition some
     ids_NL = integers("ids", model.codebook_size, TRAJECTORIES, sum(model.level_sizes)).numpy().astype(np.uint16)
-    settings = {"seed": 5, "noise_version": NOISE_VERSION, "batch_size": 8}
+    settings = {"seed": 5, "noise_version": NOISE_VERSION, "batch_size": TRAJECTORIES}
     shards.write_shard(paths.TRAJECTORIES / plans[0].name, labels_N, ids_NL, 0, settings)
     shards.write_manifest(paths.TRAJECTORIES, settings, plans)
 

@@ -122,7 +122,8 @@ def _dd2(family: str, head: str = "codes", **changes: Any) -> Digest:
         run(distill_dd2, config)
     pictures = sorted(file.name for file in (paths.CURVES / "dd2").glob("*.png"))
     found = _trained(paths.DD2_GENERATOR, "dd2")
-    return {"alternating": found.pop("losses"), **found, "pictures": pictures}
+    played = {"alternating": found.pop("losses"), "generator": found.pop("weights")}
+    return {**played, **found, "pictures": pictures}
 
 
 def _trained(file: Path, curves: str) -> Digest:
