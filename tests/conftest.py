@@ -2,6 +2,9 @@
 
 import fcntl
 import os
+import re
+from functools import cache
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +16,27 @@ torch.set_num_threads(1)
 # The same examples everywhere and every time, and as long as they take on a machine that is busy.
 hypothesis.settings.register_profile("ddops", derandomize=True, deadline=None, max_examples=20, database=None)
 hypothesis.settings.load_profile("ddops")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests that are of an ``xdist_group`` in one process, groups of several files too; all others wherever
+    there is room. As ``--dist loadgroup``, which with pytest 9.2 heeds no group: a node's id cannot be changed any more.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def group_of(file):
+        found = re.search(r'xdist_group\("([^"]+)"\)', (Path(config.rootpath) / file).read_text(encoding="utf-8"))
+        return found and found[1]
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid.partition("::")[0]) or nodeid
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture
