@@ -20,9 +20,8 @@ hypothesis.settings.load_profile("ddops")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests that are of an ``xdist_group`` in one process, groups of several files too; all others wherever
-    there is room. As ``--dist loadgroup``, which with pytest 9.2 heeds no group: a node's id cannot be changed any more.
-    """
+    """The tests of an ``xdist_group`` in one process, all others wherever there is room. That is what xdist's own
+    ``--dist loadgroup`` is for, which with pytest 9.2 heeds no group: a node's id cannot be changed any more."""
     if config.getvalue("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling

@@ -22,6 +22,7 @@ from ddops.trajectories.errors import SettingsDiffer
 from ddops.trajectories.generate import generate, trajectory_labels, trajectory_noise
 from ddops.trajectories.mappers import processes
 from ddops.trajectories.shards import read_manifest
+from ddops.workspace.recipes import recipe
 from helpers.tiny import PARAMS, contents, tiny, untrained
 from helpers.tiny_trajectories import CODE_DIM, FAMILIES, NAMES, SEED, job, make
 
@@ -51,6 +52,7 @@ def test_in_float32_the_settings_are_those_of_data_sets_made_before_there_was_a_
     """Else every data set would have to be made again."""
     made = job(tmp_path)
     assert made.settings == {
+        "recipe": recipe("trajectories"),
         "teacher_sha256": made.teacher_sha256,
         "sampling": {"guidance": 1.5, "top_k": 0, "top_p": 1.0, "temperature": 1.0},
         "solver": "adaptive",

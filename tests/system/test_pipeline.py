@@ -119,7 +119,8 @@ def test_a_raised_recipe_runs_its_stage_again_and_changed_code_none(workspace):
     code.write_text(code.read_text() + "# a remark\n")
     assert status(workspace) == []
     recipes = yaml.safe_load((workspace / "recipes.yaml").read_text())
-    (workspace / "recipes.yaml").write_text(yaml.safe_dump(recipes | {"report": recipes["report"] + 1}))
+    for place in (workspace, workspace / "src/ddops/workspace/template"):
+        (place / "recipes.yaml").write_text(yaml.safe_dump(recipes | {"report": recipes["report"] + 1}))
     assert stages_run(run(workspace, "dvc", "repro")) == ["report"]
 
 

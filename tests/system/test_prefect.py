@@ -337,6 +337,7 @@ def test_a_killed_worker_leaves_no_orphan_and_the_next_run_goes_on_from_the_chec
     assert_goes_on(world, workspace)
 
 
+@pytest.mark.rare
 def test_a_run_outlives_a_restart_of_the_server(world, workspace):
     use(workspace, ["teacher", "distill_dd1"])
     behave(workspace, teacher={"steps": 30})

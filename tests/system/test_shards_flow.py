@@ -37,6 +37,7 @@ def making(flow):
     return None
 
 
+@pytest.mark.rare
 @pytest.mark.pipeline
 @pytest.mark.xdist_group("pipeline")
 def test_a_killed_worker_costs_nothing_and_the_bytes_are_those_of_one_process(workspace, tmp_path):

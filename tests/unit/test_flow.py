@@ -293,7 +293,7 @@ def resident(key):
     return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @COMPILER
 def test_the_compiled_map_is_the_plain_one():
     """Tokens at whose end rounding decides may differ; of 2,000 at most two."""
