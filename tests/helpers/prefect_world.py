@@ -30,7 +30,7 @@ def eventually(condition, what, patience=PATIENCE):
     while time.monotonic() < deadline:
         if value := condition():
             return value
-        time.sleep(0.1)
+        time.sleep(0.25)
     raise AssertionError(f"{what}: not within {patience} s")
 
 
@@ -103,14 +103,14 @@ class World:
             "DDOPS_AUDIT_LOG": str(self.calls),
             "PREFECT_API_URL": str(self.api.base_url).rstrip("/"),
             "PREFECT_HOME": str(directory / "prefect"),
-            # So that tests do not wait for the next poll.
-            "PREFECT_WORKER_QUERY_SECONDS": "0.3",
-            "PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS": "0.3",
+            # So that tests do not wait long for the next poll; more polls keep the server busy with nothing else.
+            "PREFECT_WORKER_QUERY_SECONDS": "0.7",
+            "PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS": "0.5",
             "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "0.5",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
             "PREFECT_SERVER_SERVICES_TRIGGERS_EVENTS_LOOP_SECONDS": "1",
-            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "0.3",
-            "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.3",
+            "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "0.5",
+            "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.5",
             **settings,
         }
         self.server = self.worker = None
