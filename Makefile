@@ -10,8 +10,8 @@ export DVC_NO_ANALYTICS := 1
 help:
 	@echo "make reproduce   from real images to an exported one-step generator (less than ten minutes on two cores)"
 	@echo "make prefect     a Prefect server with the deployments of prefect.yaml, and a worker"
-	@echo "make test        the test suite (about ten minutes on two cores)"
-	@echo "make test-fast   without processes, pipelines and servers of more than a few seconds (three minutes)"
+	@echo "make test        the test suite (about fifteen minutes on two cores)"
+	@echo "make test-fast   without processes, pipelines and servers of more than a few seconds"
 	@echo "make test-all    with what takes minutes and seldom breaks, Triton's server among it"
 	@echo "make lint        ruff and mypy"
 
