@@ -14,23 +14,18 @@ from ddops.workspace.recipes import require_recipes
 
 
 def register(commands: Subparsers) -> None:
-    """Declare the command; its arguments are the flow's own business."""
-    running = commands.add_parser(
-        "run",
-        help="run the pipeline stage by stage as a Prefect flow, no server needed",
-        add_help=False,
-        prefix_chars="\0",
-    )
-    running.add_argument("arguments", nargs=argparse.REMAINDER)
-    running.set_defaults(run=run)
-    watching = commands.add_parser(
-        "prefect",
-        help="a Prefect server with the deployments of prefect.yaml, and a worker; Ctrl-C ends both",
-        add_help=False,
-        prefix_chars="\0",
-    )
-    watching.add_argument("arguments", nargs=argparse.REMAINDER)
-    watching.set_defaults(run=run_prefect)
+    """Declare the commands; their arguments are the flow's own business."""
+    for name, what, call in (
+        ("run", "run the pipeline stage by stage as a Prefect flow, no server needed", run),
+        (
+            "prefect",
+            "a Prefect server with the deployments of prefect.yaml, and a worker; Ctrl-C ends both",
+            run_prefect,
+        ),
+    ):
+        parser = commands.add_parser(name, help=what, add_help=False, prefix_chars="\0")
+        parser.add_argument("arguments", nargs=argparse.REMAINDER)
+        parser.set_defaults(run=call)
 
 
 def run(arguments: argparse.Namespace) -> None:

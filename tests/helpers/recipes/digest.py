@@ -102,7 +102,8 @@ def moved(golden: Any, found: Any, *, half: bool = False, path: tuple[str, ...] 
     elif isinstance(golden, list) and isinstance(found, list):
         if len(golden) != len(found):
             yield f"{where}: {len(golden)} values, now {len(found)}"
-        for number, (was, now) in enumerate(zip(golden, found, strict=False)):
+            return
+        for number, (was, now) in enumerate(zip(golden, found, strict=True)):
             yield from moved(was, now, half=half, path=(*path, str(number)))
     elif path and path[-1] in AGREEMENT and isinstance(golden, str) and isinstance(found, str):
         least = AGREEMENT[path[-1]] - (0.05 if half else 0.0)
